@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastdiff import kernels as kernels
     from fastdiff.generate.job import ClassJob as ClassJob
+    from fastdiff.generate.job import ControlSettings as ControlSettings
     from fastdiff.generate.job import ImageToImageJob as ImageToImageJob
     from fastdiff.generate.job import InpaintJob as InpaintJob
     from fastdiff.generate.job import InterpolationJob as InterpolationJob
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 _FROM = {
     "AccelerateError": "fastdiff.integrations",
     "ClassJob": "fastdiff.generate.job",
+    "ControlSettings": "fastdiff.generate.job",
     "ImageToImageJob": "fastdiff.generate.job",
     "Images": "fastdiff.generate.model",
     "InpaintJob": "fastdiff.generate.job",
@@ -57,6 +59,7 @@ _MODULES = ("generate", "kernels")  # packages; `fastdiff.generate` is callable 
 __all__ = [
     "AccelerateError",
     "ClassJob",
+    "ControlSettings",
     "ImageToImageJob",
     "Images",
     "InpaintJob",

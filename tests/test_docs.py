@@ -23,6 +23,7 @@ from fastdiff.models.presets import CLASSIFIERS
 from fastdiff.training import TRAINING_PRESETS, DiffusionRun
 from tests.support.diffusers_models import save_folder
 from tests.support.imports import ROOT
+from tests.support.peers import import_diffusers
 from tests.support.tiny import tiny_model
 from tests.test_layers import LEVELS
 
@@ -115,6 +116,13 @@ def save_lora(pipeline: Path, path: Path) -> None:
     save_file({f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}, path)
 
 
+def save_controlnet(pipeline: Path, path: Path) -> None:
+    """The ControlNet with which a training would begin: its zero convolutions are zero."""
+    diffusers = import_diffusers("ControlNetModel", "UNet2DConditionModel")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    diffusers.ControlNetModel.from_unet(unet).save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the pages speak of, small and random."""
@@ -122,8 +130,10 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_folder("sd1", folder).rename(folder / "stable-diffusion-v1-5")
     for name in ("style", "character"):
         save_lora(folder / "stable-diffusion-v1-5", folder / f"{name}.safetensors")
+    save_controlnet(folder / "stable-diffusion-v1-5", folder / "sd-controlnet-canny")
     photo = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    save_png(folder / "photo.png", photo)
+    for name in ("photo", "edges", "depth"):
+        save_png(folder / f"{name}.png", photo)
     save_png(folder / "mask.png", (photo[:1] > 0).float() * 2 - 1)
     for number in range(4):
         (folder / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,13 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
-from fastdiff.models.unclip import CLIPImageEncoder, ImageProjection
+from fastdiff.models.unclip import CLIPImageEncoder, ImageNoise, ImageProjection
 from fastdiff.names import Prediction
 
+CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 # The fields of a text encoder's config that the shapes of its weights do not determine.
 ENCODER_FACTS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
@@ -43,6 +45,8 @@ class Model:
     """The first stage; None for diffusion on pixels."""
     classifier: Classifier | None = None
     """A classifier of noisy x, which can guide a denoiser with the same schedule and classes."""
+    controlnets: tuple[ControlNet, ...] = ()
+    """ControlNets, each of which reads one of a job's control pictures."""
     text_encoders: tuple[AnyEncoder, ...] = ()
     """The text encoders, in the order in which their tokens are concatenated."""
     class_embedding: nn.Embedding | None = None
@@ -55,6 +59,11 @@ class Model:
     """What turns an image embedding and a text into the denoiser's conditions (unCLIP)."""
     image_encoder: CLIPImageEncoder | None = None
     """CLIP's image encoder, for models that are conditioned on the embedding of a picture."""
+    image_noise: ImageNoise | None = None
+    """What adds noise to the embedding of a picture before the denoiser reads it (Stable Diffusion
+    2.1 unCLIP)."""
+    image_noise_schedule: ScheduleConfig | None = None
+    """The noise levels of `image_noise`."""
     upsamplers: tuple[Model, ...] = ()
     """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
     steps, or all but the last if a second one takes that (karlo)."""
@@ -114,11 +123,13 @@ class Model:
         """Part -> module, for the parts that exist."""
         parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         parts["classifier"] = self.classifier
+        parts |= {f"{CONTROLNET}{i + 1}": net for i, net in enumerate(self.controlnets)}
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
         parts["class_embedding"] = self.class_embedding
         parts["prior"] = self.prior and self.prior.denoiser
         parts["projection"] = self.projection
+        parts["image_noise"] = self.image_noise
         parts["image_encoder"] = self.image_encoder and self.image_encoder.model
         for index, upsampler in enumerate(self.upsamplers):
             parts[f"upsampler{f'_{index + 1}' * bool(index)}"] = upsampler.denoiser
@@ -134,6 +145,8 @@ class Model:
         """The most important facts as (title, text); at most eleven pairs."""
         pairs = [("layout", f"{self.layout}, {self.path}")]
         for name, module in self.modules.items():
+            if name.startswith(CONTROLNET):
+                continue
             count = sum(parameter.numel() for parameter in module.parameters())
             pairs.append((name, f"{type(module).__name__}, {count:,} parameters"))
         if (denoiser := self.denoiser) is not None:
@@ -146,6 +159,9 @@ class Model:
             classes = config.num_classes if table is None else table.num_embeddings
             if classes is not None:
                 pairs.append(("classes", str(classes)))
+        if self.controlnets:
+            sizes = [sum(p.numel() for p in net.parameters()) for net in self.controlnets]
+            pairs.append(("controlnets", f"{' + '.join(f'{n:,}' for n in sizes)} parameters"))
         if self.classifier is not None:
             pairs.append(("classifies", f"{self.classifier.config.num_classes} classes"))
         if self.image_size is not None:
@@ -214,7 +230,7 @@ def image_channels(denoiser: Network | None, autoencoder: Autoencoder | None) ->
 
 def check_one_stage(model: Model) -> None:
     """Raise ValueError if a model has stages besides its denoiser, which no layout can write."""
-    names = ("prior", "projection", "image_encoder", "upsamplers")
+    names = ("prior", "projection", "image_noise", "image_encoder", "upsamplers")
     if there := [name for name in names if getattr(model, name)]:
         raise ValueError(
             f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
@@ -252,8 +268,12 @@ def _hash(model: Model) -> str:
     }
     if model.classifier is not None:
         facts["classifier"] = to_dict(model.classifier.config)
+    if model.controlnets:
+        facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
     if model.image_encoder is not None:
         facts["image encoder"] = model.image_encoder.facts
+    if model.image_noise_schedule is not None:
+        facts["image noise"] = to_dict(model.image_noise_schedule)
     if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
         facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":

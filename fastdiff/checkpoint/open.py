@@ -30,6 +30,7 @@ CONFIG_FILE = "config.json"
 FOLDER = "fastdiff.checkpoint.layouts"
 """The package of the layouts: every file or folder in it that has a `LAYOUT`."""
 LORA = f"{FOLDER}.lora"
+CONTROLNET = f"{FOLDER}.controlnet"
 EMBEDDING = "fastdiff.checkpoint.textual_inversion"
 Marks = tuple[str, ...]
 """Keys that a file must all contain; * matches any text."""
@@ -193,6 +194,7 @@ def load(
     tokenizer: PathLike | Sequence[PathLike] | None = None,
     lora: PathLike | Sequence[PathLike] | None = None,
     embedding: Mapping[str, PathLike] | None = None,
+    controlnet: PathLike | Sequence[PathLike] | None = None,
     schedule: ScheduleConfig | str | None = None,
     options: LoadOptions | None = None,
     **said: Any,
@@ -222,6 +224,8 @@ def load(
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
         lora: a LoRA file, or several, to merge into the weights; "PATH:0.8" gives its strength.
         embedding: textual inversion files by the words that stand for them in prompts.
+        controlnet: a ControlNet, or several: folders of diffusers, or files of the original layout;
+            jobs give the pictures that they read as `control`.
         schedule: the training's noise schedule, or the kind of its betas, if the files do not state
             it.
         options: all options as one object; options given by name override it.
@@ -244,6 +248,10 @@ def load(
         said["lora"] = tuple(os.fspath(each) for each in lora)
     if embedding is not None:
         said["embedding"] = tuple(f"{name}={os.fspath(p)}" for name, p in embedding.items())
+    if isinstance(controlnet, str | os.PathLike):
+        controlnet = (controlnet,)
+    if controlnet is not None:
+        said["controlnet"] = tuple(Path(each) for each in controlnet)
     if vae is not None:
         said["vae"] = Path(vae)
     if classifier is not None:
@@ -284,6 +292,9 @@ def _open_whole(path: Path, loading: Loading) -> Model:
     if loading.options.embedding:
         add_all = importlib.import_module(EMBEDDING).add_all
         model = add_all(model, loading.options.embedding)
+    if loading.options.controlnet:
+        add_controlnets = importlib.import_module(CONTROLNET).add_all
+        model = add_controlnets(model, loading.options.controlnet, loading)
     return model
 
 

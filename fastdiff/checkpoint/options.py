@@ -34,6 +34,9 @@ class LoadOptions:
     embedding: tuple[str, ...] = ()
     """Textual inversion files (diffusers' or AUTOMATIC1111's) as NAME=FILE; NAME stands for the
     embedding in prompts."""
+    controlnet: tuple[Path, ...] = ()
+    """ControlNets (folders of diffusers, or files of the original layout), each of which reads one
+    of a job's control pictures."""
     variant: str | None = None
     """Which files of a diffusers folder to read, such as fp16."""
     ema: bool = True
@@ -127,8 +130,9 @@ class LoadOptions:
         for name in ("lora", "embedding"):
             if name in given:
                 given[name] = [*given[name]]
-        if "tokenizer" in given:
-            given["tokenizer"] = [str(folder) for folder in self.tokenizer]
+        for name in ("tokenizer", "controlnet"):
+            if name in given:
+                given[name] = [str(path) for path in given[name]]
         return given
 
     @classmethod
@@ -140,15 +144,17 @@ class LoadOptions:
         """
         if unknown := sorted(recorded.keys() - {entry.name for entry in fields(cls)}):
             raise ValueError(f"unknown loading option {unknown[0]!r:.40}")
-        folders = recorded.get("tokenizer", ())
-        if not isinstance(folders, list | tuple) or not all(isinstance(f, str) for f in folders):
-            raise ValueError(f"tokenizer must be a list of folders, got {folders!r:.40}")
-        paths: dict[str, Any] = {"tokenizer": tuple(Path(folder) for folder in folders)}
-        for name in ("lora", "embedding"):
+        paths: dict[str, Any] = {}
+        for name, what, kind in (
+            ("tokenizer", "folders", Path),
+            ("controlnet", "files or folders", Path),
+            ("lora", "files", str),
+            ("embedding", "files", str),
+        ):
             specs = recorded.get(name, ())
             if not isinstance(specs, list | tuple) or not all(isinstance(s, str) for s in specs):
-                raise ValueError(f"{name} must be a list of files, got {specs!r:.40}")
-            paths[name] = tuple(specs)
+                raise ValueError(f"{name} must be a list of {what}, got {specs!r:.40}")
+            paths[name] = tuple(kind(spec) for spec in specs)
         for name in ("vae", "classifier"):
             place = recorded.get(name)
             if not isinstance(place, str | None):

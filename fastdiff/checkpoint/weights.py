@@ -24,10 +24,16 @@ from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.bert import BERT, BERTConfig
+from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
-from fastdiff.models.unclip import ImageProjection, ImageProjectionConfig
+from fastdiff.models.unclip import (
+    ImageNoise,
+    ImageNoiseConfig,
+    ImageProjection,
+    ImageProjectionConfig,
+)
 
 CHUNK = 2**24  # bytes read at once where numbers change their dtype on the way
 LARGE = 2**26  # bytes of weights from which on memory is asked for before they are read
@@ -187,6 +193,8 @@ _MODULES: dict[type[Any], type[nn.Module]] = {
     GLIDETextConfig: GLIDEText,
     BERTConfig: BERT,
     ImageProjectionConfig: ImageProjection,
+    ControlNetConfig: ControlNet,
+    ImageNoiseConfig: ImageNoise,
 }
 """Config -> module, for those that are no denoisers."""
 
@@ -194,8 +202,8 @@ _MODULES: dict[type[Any], type[nn.Module]] = {
 def empty_model(config: Any, file: str, tensors: int) -> nn.Module:
     """The module that a config describes, on the meta device: without memory.
 
-    config: of an autoencoder, a text transformer or a registered network; (rows, width) of an
-        embedding.
+    config: of an autoencoder, a ControlNet, a text transformer or a registered network; (rows,
+        width) of an embedding.
     tensors: how many the file has.
 
     Raises:

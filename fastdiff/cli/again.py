@@ -23,7 +23,7 @@ from fastdiff.generate.job import (
     InterpolationJob,
     TextJob,
 )
-from fastdiff.generate.recipe import NEW_BITS, Recipe, identity, read
+from fastdiff.generate.recipe import NEW_BITS, Recipe, hashes, identities, read
 from fastdiff.generate.webui import from_parameters
 from fastdiff.images import has_own_recipe, read_parameters, read_recipe, to_pil
 
@@ -60,7 +60,7 @@ class Original:
             name: getattr(options.job, name)
             for name in PICTURES
             if getattr(options.job, name, None) is not None
-            and identity(getattr(options.job, name))["sha256"] == self._sha256(name)
+            and hashes(identities(getattr(options.job, name))) == self._sha256(name)
         }
         unchanged = replace(
             mine,
@@ -74,8 +74,7 @@ class Original:
     def _sha256(self, name: str) -> Any:
         """The hash of an input picture of the job, from the recipe."""
         data = self.data if self.recipe.version == 1 else self.data["job"]
-        found = data.get(name)
-        return found.get("sha256") if isinstance(found, dict) else None
+        return hashes(data.get(name))
 
     def compared(self, image: Tensor, recipe: Mapping[str, Any]) -> tuple[int, str]:
         """Compare with the file. Returns an exit code, 0 if all pixels are equal, and a text."""
@@ -103,8 +102,8 @@ class Original:
         pairs = {name: (then.get(name), now[name]) for name in ("fastdiff", "torch", "weights")}
         pairs |= {name: (then.get(name), now[name]) for name in ("backend", "device", "dtype")}
         for name in PICTURES:
-            if isinstance(found := now["job"].get(name), dict):
-                pairs[name] = (self._sha256(name), found["sha256"])
+            if (found := hashes(now["job"].get(name))) is not None:
+                pairs[name] = (self._sha256(name), found)
         if self.recipe.refiner is not None and now["refiner"] is not None:
             pairs["refiner"] = (self.recipe.refiner["weights"], now["refiner"]["weights"])
         if self.recipe.version > 1:
@@ -230,8 +229,10 @@ def _as_options(cls: type[Any], job: Any) -> Any:
     """Convert a job to options."""
     own = {f.name: getattr(job, f.name) for f in fields(cls) if hasattr(job, f.name)}
     for name in PICTURES:
-        if own.get(name) is not None:
-            own[name] = Path(own[name])
+        if isinstance(given := own.get(name), tuple):
+            own[name] = tuple(map(Path, given))
+        elif given is not None:
+            own[name] = Path(given)
     for name in ("label", "to_label"):
         if not isinstance(job, ClassJob) and own.get(name) is not None:
             own[name] = str(own[name])

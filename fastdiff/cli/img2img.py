@@ -58,4 +58,4 @@ def run(options: Img2Img, like: Original | None = None) -> int:
     # report errors in the picture before loading the model
     read_image(job.image, height=job.height, width=job.width)
     want = pictures.of_one_prompt(options, ImageToImageJob, options.count)
-    return pictures.run(options, want, inputs=[job.image], original=like)
+    return pictures.run(options, want, inputs=[job.image, *job.control], original=like)

@@ -61,4 +61,5 @@ def run(options: Inpaint, like: Original | None = None) -> int:
     image = read_image(job.image, height=job.height, width=job.width)
     read_mask_of(pictures.as_job(InpaintJob, job), image)
     want = pictures.of_one_prompt(options, InpaintJob, options.count)
-    return pictures.run(options, want, inputs=[job.image, job.mask], original=like)
+    inputs = [job.image, job.mask, *job.control]
+    return pictures.run(options, want, inputs=inputs, original=like)

@@ -18,8 +18,10 @@ from fastdiff.cli.machine import SamplingCompute
 from fastdiff.cli.parsing import OptionalFloat, OptionalInt, OptionalName, OptionalPath
 from fastdiff.generate.job import (
     PLAIN,
+    PLAIN_CONTROL,
     PLAIN_TEXT,
     ClassJob,
+    ControlSettings,
     ImageToImageJob,
     InpaintJob,
     InterpolationJob,
@@ -36,6 +38,10 @@ Prompts = Annotated[
 ]
 OptionalPrompt = Annotated[
     tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
+]
+
+ControlPictures = Annotated[
+    tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
 ]
 
 
@@ -75,8 +81,11 @@ class TextOptions(TextJob):
     """Width in pixels; by default the size that the model was trained at."""
     upscale: OptionalFloat = None
     """Enlarge both sides by this factor in a second pass ("hires fix")."""
+    control: ControlPictures = ()
+    """With --controlnet: the picture that it reads, of the size of the image; one for each."""
     text: TextSettings = PLAIN_TEXT
     settings: SampleSettings = PLAIN
+    controls: ControlSettings = PLAIN_CONTROL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +104,11 @@ class ImageToImageOptions(ImageToImageJob):
     """Crop and resize the picture to this height first."""
     width: OptionalInt = None
     """Crop and resize the picture to this width first."""
+    control: ControlPictures = ()
+    """With --controlnet: the picture that it reads, of the size of the image; one for each."""
     text: TextSettings = PLAIN_TEXT
     settings: SampleSettings = PLAIN
+    controls: ControlSettings = PLAIN_CONTROL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +129,11 @@ class InpaintOptions(InpaintJob):
     """Crop and resize the picture and the mask to this height first."""
     width: OptionalInt = None
     """Crop and resize the picture and the mask to this width first."""
+    control: ControlPictures = ()
+    """With --controlnet: the picture that it reads, of the size of the image; one for each."""
     text: TextSettings = PLAIN_TEXT
     settings: SampleSettings = PLAIN
+    controls: ControlSettings = PLAIN_CONTROL
 
 
 @dataclass(frozen=True, kw_only=True)

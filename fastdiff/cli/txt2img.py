@@ -80,7 +80,7 @@ def run(options: Txt2Img, like: Original | None = None) -> int:
     def want(_: Facts) -> pictures.Wanted:
         return pictures.Wanted(prompts, seeds, job)
 
-    inputs = [] if options.job.image is None else [options.job.image]
+    inputs = [*([] if options.job.image is None else [options.job.image]), *options.job.control]
     return pictures.run(options, want, refiner=options.refiner, inputs=inputs, original=like)
 
 

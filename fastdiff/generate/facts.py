@@ -253,7 +253,13 @@ def check(job: Job, facts: Facts) -> Job:
     if facts.model.projection is not None or facts.embeds_images or stage_options(job):
         check_stages(job, facts.model)
     if (cache := settings.caching) is not None and facts.model.denoiser is not None:
-        check_cache(cache, facts.model.denoiser, pulled=bool(settings.classifier_scale))
+        check_cache(
+            cache,
+            facts.model.denoiser,
+            pulled=bool(settings.classifier_scale),
+            controlled=bool(getattr(job, "control", ())),
+        )
+    _check_control(job, facts)
     change: dict[str, Any] = {"settings": settings}
     if not isinstance(job, ClassJob) and facts.model.prior is not None:
         change["text"] = resolved_text(job.text, facts.model.prior)
@@ -265,6 +271,21 @@ def check(job: Job, facts: Facts) -> Job:
     if isinstance(job, ClassJob | TextJob | InterpolationJob):
         change["height"], change["width"] = facts.size(job.height, job.width)
     return _changed(job, change)
+
+
+def _check_control(job: Job, facts: Facts) -> None:
+    """Raise ValueError unless the model has a ControlNet for each of a job's control pictures."""
+    pictures, count = getattr(job, "control", ()), len(facts.model.controlnets)
+    if pictures and not count:
+        raise ValueError(
+            f"{facts.name} was loaded without a ControlNet, so control has no effect; give "
+            "controlnet= (--controlnet PATH)"
+        )
+    if pictures and len(pictures) != count:
+        raise ValueError(
+            f"{facts.name} was loaded with {count} ControlNets, got {len(pictures)} control "
+            "pictures; give one per ControlNet (in Python None for those that add nothing)"
+        )
 
 
 def _classified(job: Job, change: dict[str, Any], facts: Facts) -> dict[str, Any]:
@@ -393,6 +414,8 @@ def is_small(job: Job, facts: Facts, batch: int, *, on_cpu: bool) -> bool:
     """
     height, width = getattr(job, "height", None), getattr(job, "width", None)
     if height is None or width is None or getattr(job, "upscale", None):
+        return False
+    if getattr(job, "control", ()):
         return False
     channels, *sides = facts.x_shape(height, width)
     assert facts.model.denoiser is not None

@@ -219,6 +219,9 @@ class TextSettings:
     prior_samples: int | None = field(default=None, metadata=LATER)
     """unCLIP: image embeddings that the prior makes, of which the one nearest to the prompt is kept
     (Ramesh et al. 2022, section 2.2); None: 2."""
+    image_noise: int | None = field(default=None, metadata=LATER)
+    """Stable Diffusion unCLIP: noise level of the picture's embedding, from 0, the closest to the
+    picture, to 999; None: 0."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -237,6 +240,8 @@ class TextSettings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST_OF_A_PRIOR:
                 raise ValueError(f"{name} must be 1 to {MOST_OF_A_PRIOR:,}, got {value}")
+        if self.image_noise is not None and self.image_noise < 0:
+            raise ValueError(f"image_noise must be at least 0, got {self.image_noise}")
         scale = self.prior_guidance_scale
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"prior_guidance_scale must be finite, got {scale}; 1 turns it off")
@@ -246,7 +251,59 @@ class TextSettings:
             read_prompt(self.negative, emphasis=self.emphasis)
 
 
-PLAIN, PLAIN_TEXT = SampleSettings(), TextSettings()
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How ControlNets control the image: a number for all of them, or one for each."""
+
+    control_scale: float | tuple[float, ...] = (1.0,)
+    """Factor of what a ControlNet adds."""
+    control_start: float | tuple[float, ...] = (0.0,)
+    """Fraction of the sampler's evaluations before which it adds nothing."""
+    control_end: float | tuple[float, ...] = (1.0,)
+    """Fraction of the sampler's evaluations after which it adds nothing."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value: Any = getattr(self, entry.name)
+            numbers = tuple(value) if isinstance(value, tuple | list) else (value,)
+            for number in numbers:
+                if isinstance(number, bool) or not isinstance(number, Real):
+                    raise ValueError(f"{entry.name} must be a number, got {number!r:.40}")
+                if not math.isfinite(number):
+                    raise ValueError(f"{entry.name} must be finite, got {number}")
+                if entry.name != "control_scale" and not 0 <= float(number) <= 1:
+                    raise ValueError(f"{entry.name} must be in [0, 1], got {number}")
+            if not numbers:
+                raise ValueError(f"{entry.name} must be at least one number, got none")
+            object.__setattr__(self, entry.name, tuple(map(float, numbers)))
+        self.each(max(len(getattr(self, entry.name)) for entry in fields(self)))
+
+    def each(self, count: int) -> list[tuple[float, float, float]]:
+        """Scale, start and end of each of `count` ControlNets.
+
+        Raises:
+            ValueError: there are other numbers of them, or one starts at its end or later.
+        """
+        columns = []
+        for entry in fields(self):
+            numbers = getattr(self, entry.name)
+            if len(numbers) not in (1, count):
+                raise ValueError(
+                    f"{entry.name} must be one number or {count}, one per ControlNet, got "
+                    f"{len(numbers)}"
+                )
+            columns.append(numbers * count if len(numbers) == 1 else numbers)
+        found = [*zip(*columns, strict=True)]
+        for _, start, end in found:
+            if start >= end:
+                raise ValueError(
+                    f"control_start must be below control_end, got {start:g} and {end:g}; leave "
+                    "the picture out (None) for a ControlNet that adds nothing"
+                )
+        return found
+
+
+PLAIN, PLAIN_TEXT, PLAIN_CONTROL = SampleSettings(), TextSettings(), ControlSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,16 +360,27 @@ class TextJob:
     """Enlarge the latents, or the image between decoding and encoding."""
     switch: float = 0.8
     """With a refiner: fraction of the noise levels for the base; the refiner takes the rest."""
+    control: Picture | tuple[Picture | None, ...] = field(default=(), metadata=LATER)
+    """The picture that the model's ControlNet reads, of the size of the image; for several, one per
+    ControlNet, None for those that add nothing."""
     text: TextSettings = PLAIN_TEXT
     """How the prompt becomes a condition."""
     settings: SampleSettings = PLAIN
     """How to sample."""
+    controls: ControlSettings = field(default=PLAIN_CONTROL, metadata=LATER)
+    """How strongly, and in which steps, the control pictures count."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_control(self)
         _check_prompts(self)
         _check_start(self)
         if self.upscale is not None:
+            if self.control:
+                raise ValueError(
+                    "upscale cannot be combined with control, whose picture has the size of the "
+                    "first pass; enlarge the result (scale=), or leave one of them out"
+                )
             _check_scale(self.upscale, self.upscale_via)
             first_step(1, self.upscale_strength)
 
@@ -339,13 +407,19 @@ class ImageToImageJob:
     """Crop and resize the picture to this height first."""
     width: int | None = None
     """Crop and resize the picture to this width first."""
+    control: Picture | tuple[Picture | None, ...] = field(default=(), metadata=LATER)
+    """The picture that the model's ControlNet reads, of the size of the image; for several, one per
+    ControlNet, None for those that add nothing."""
     text: TextSettings = PLAIN_TEXT
     """How the prompt becomes a condition."""
     settings: SampleSettings = PLAIN
     """How to sample."""
+    controls: ControlSettings = field(default=PLAIN_CONTROL, metadata=LATER)
+    """How strongly, and in which steps, the control pictures count."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_control(self)
         _check_prompts(self)
         _check_pictures(self)
         check_seed(self.seed)
@@ -378,13 +452,19 @@ class InpaintJob:
     """Crop and resize the picture and the mask to this height first."""
     width: int | None = None
     """Crop and resize the picture and the mask to this width first."""
+    control: Picture | tuple[Picture | None, ...] = field(default=(), metadata=LATER)
+    """The picture that the model's ControlNet reads, of the size of the image; for several, one per
+    ControlNet, None for those that add nothing."""
     text: TextSettings = PLAIN_TEXT
     """How the prompt becomes a condition."""
     settings: SampleSettings = PLAIN
     """How to sample."""
+    controls: ControlSettings = field(default=PLAIN_CONTROL, metadata=LATER)
+    """How strongly, and in which steps, the control pictures count."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_control(self)
         _check_prompts(self)
         _check_pictures(self)
         check_seed(self.seed)
@@ -493,8 +573,8 @@ KINDS: dict[str, type[Any]] = {
     "upscale": UpscaleJob,
     "interpolation": InterpolationJob,
 }
-PICTURES = ("image", "mask", "to_image")
-GROUPS = {"text": TextSettings, "settings": SampleSettings}
+PICTURES = ("image", "mask", "to_image", "control")
+GROUPS = {"text": TextSettings, "settings": SampleSettings, "controls": ControlSettings}
 
 
 PRIOR_OPTIONS = ("prior_steps", "prior_guidance_scale", "prior_samples")
@@ -504,7 +584,8 @@ def stage_options(job: Job) -> list[str]:
     """Names of the options that a job gives and that only models with a prior, an image encoder or
     upsamplers have (unCLIP)."""
     text = getattr(job, "text", PLAIN_TEXT)
-    given = [name for name in PRIOR_OPTIONS if getattr(text, name) is not None]
+    names = (*PRIOR_OPTIONS, "image_noise")
+    given = [name for name in names if getattr(text, name) is not None]
     if isinstance(job, InterpolationJob):
         given += [name for name in ("image", "to_image") if getattr(job, name) is not None]
     return given if job.settings.upsampler_steps is None else [*given, "upsampler_steps"]
@@ -572,17 +653,38 @@ def _check_pictures(job: Any) -> None:
 def _check_picture_types(job: Any) -> None:
     defaults = {entry.name: entry.default for entry in fields(job)}
     for name in PICTURES:
-        if name not in defaults:
+        if name not in defaults or name == "control":
             continue
         value = getattr(job, name)
-        if value is None and defaults[name] is None:
-            continue
-        # a tensor is recognised by a method, so that making a job does not import torch
-        if not (isinstance(value, str | os.PathLike) or hasattr(value, "is_floating_point")):
+        if value is not None or defaults[name] is not None:
+            _check_picture(name, value)
+
+
+def _check_picture(name: str, value: Any) -> None:
+    # a tensor is recognised by a method, so that making a job does not import torch
+    if not (isinstance(value, str | os.PathLike) or hasattr(value, "is_floating_point")):
+        raise ValueError(
+            f"{name} must be a file or a tensor, got {type(value).__name__}; "
+            "fastdiff.images.read_image turns Pillow images into tensors"
+        )
+
+
+def _check_control(job: Any) -> None:
+    """The control pictures of a job as a tuple, one per ControlNet."""
+    given = () if job.control is None else job.control
+    pictures = tuple(given) if isinstance(given, tuple | list) else (given,)
+    object.__setattr__(job, "control", pictures)
+    for picture in pictures:
+        if picture is not None:
+            _check_picture("control", picture)
+    if all(picture is None for picture in pictures):
+        object.__setattr__(job, "control", ())
+        if job.controls != PLAIN_CONTROL:
             raise ValueError(
-                f"{name} must be a file or a tensor, got {type(value).__name__}; "
-                "fastdiff.images.read_image turns Pillow images into tensors"
+                "control_scale, control_start and control_end need a picture; give control"
             )
+    else:
+        job.controls.each(len(pictures))
 
 
 def _check_start(job: Any) -> None:

@@ -36,6 +36,7 @@ from fastdiff.images import image_size
 from fastdiff.kernels import selected_backend
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 from fastdiff.memory import check_memory
+from fastdiff.models.controlnet import ControlNetConfig, with_controlnets
 from fastdiff.runtime.blocks import block_size, row_blocks
 from fastdiff.runtime.peak import Peak, peak_of
 
@@ -231,7 +232,10 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
     words = getattr(job, "prompt", None) or ""
     tokens *= 1 + max(len(words) // CHARACTERS, words.count("BREAK"))
     config: Any = model.denoiser.config  # frozen, so it is hashable
-    peak = _evaluation(config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend())
+    used = tuple(net.config for net in model.controlnets) if getattr(job, "control", ()) else ()
+    peak = _evaluation(
+        config, rows, shape[1:], tokens, call.device, call.dtype, selected_backend(), used
+    )
     embedding, projected, output = peak.result
     x = math.prod(shape) * FP32
     masked = 4 if isinstance(job, InpaintJob) else 0
@@ -243,6 +247,8 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
         + 2 * slots * guided * output
         + 2 * job.settings.total * conditions * embedding
         + conditions * projected
+        # embedded pictures of the slots
+        + slots * sum(net.encoder.model_channels for net in used) * math.prod(shape[1:]) * FP32
         # deep features of all slots, and those of an evaluation before they are copied there
         + deep_numbers(job, model, shape[1:], slots + rows) * call.dtype.itemsize
     )
@@ -275,16 +281,32 @@ def _evaluation(
     device: torch.device,
     dtype: torch.dtype,
     forced: str,
+    controlnets: tuple[ControlNetConfig, ...] = (),
 ) -> Peak:
     """Peak of a network. result: bytes per row of the embedding, the projected context, the output.
 
     forced: the selected backend, part of the key because it decides the scratch memory of ops.
+    controlnets: those that are used.
     """
-    network: Any = _empty(config, dtype)
+    nets: Any = [_empty(net, dtype) for net in controlnets]
+    network: Any = with_controlnets(_empty(config, dtype), nets)  # type: ignore[arg-type]
 
     def call() -> tuple[int, int, int]:
         x, emb, context = inputs(network, rows, sides, tokens, dtype)
-        out = network.body(x, emb, context)
+        if controlnets:
+            hints = [
+                torch.empty(
+                    (rows, net.encoder.model_channels, *sides),
+                    dtype=dtype,
+                    device="meta",
+                    memory_format=torch.channels_last,
+                )
+                for net in controlnets
+            ]
+            scales = torch.empty(rows, len(hints), device="meta")
+            out = network.body_controlled(x, emb, context, range(len(hints)), hints, scales)
+        else:
+            out = network.body(x, emb, context)
         return tuple(_bytes(found) // rows for found in (emb, context, out))  # type: ignore[return-value]
 
     return peak_of(network, call, device=device, dtype=dtype)

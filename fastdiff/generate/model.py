@@ -52,6 +52,7 @@ class Model(CheckpointModel):
         seeds: int | Sequence[int] | None = None,
         image: Pictures | None = None,
         mask: Pictures | None = None,
+        control: Pictures | Sequence[Sequence[Picture | None]] | None = None,
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
         classifier: CheckpointModel | str | os.PathLike[str] | None = None,
@@ -75,6 +76,8 @@ class Model(CheckpointModel):
             image, mask: a file, a Pillow image, a result of `generate`, or pixels (C, H, W) in
                 [-1, 1]; the mask is white, or 1, where the image is to be replaced. One for all
                 images; or one per seed, as a list or a batch (N, C, H, W).
+            control: the picture that the model's ControlNet reads, given like image; for several
+                ControlNets a tuple with one per ControlNet, None for those that add nothing.
             frames: number of images from each seed's image to that of to_seed, to_prompt,
                 to_label or to_image (one or more of them), including both ends; 1: the frame at
                 position `at`.
@@ -100,6 +103,8 @@ class Model(CheckpointModel):
             raise ValueError(
                 "frames lie between two seeds, prompts or classes; leave image and mask out"
             )
+        if frames is not None and control is not None:
+            raise ValueError("an interpolation takes no control picture; leave control out")
         sides = {name: options.get(name) for name in ("height", "width")}
         if facts.embeds_images:  # an image becomes an embedding, whatever its size
             sides = dict.fromkeys(sides)
@@ -111,6 +116,7 @@ class Model(CheckpointModel):
             "label": _each("classes", classes, count),
             "image": _pictures("image", image, count, facts.image_channels, sides),
             "mask": _pictures("mask", mask, count, None, sides),
+            "control": _control(control, count),
         }
         kind: type[Any] = InterpolationJob
         if frames is None:
@@ -304,11 +310,27 @@ def _pictures(
         value = list(value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         return [_picture(value, channels, sides)] * count
+    _check_count(name, value, count)
+    return [_picture(each, channels, sides) for each in value]
+
+
+def _check_count(name: str, value: Sequence[Any], count: int) -> None:
     if len(value) != count:
         raise ValueError(
             f"{name} must be one for all images or one per seed, got {len(value)} for {count} seeds"
         )
-    return [_picture(each, channels, sides) for each in value]
+
+
+def _control(value: Any, count: int) -> list[Any] | None:
+    """For each seed a picture, or a tuple of one per ControlNet."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return [tuple(None if each is None else _picture(each, 3, {}) for each in value)] * count
+    if isinstance(value, list) and any(isinstance(each, tuple) for each in value):
+        _check_count("control", value, count)
+        return [found for each in value for found in _control(each, 1) or ()]
+    return _pictures("control", value, count, 3, {})
 
 
 def _picture(value: AnyPicture, channels: int | None, sides: dict[str, Any]) -> Picture:
@@ -338,7 +360,8 @@ def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
             given[name] = replace(given.get(name, own[name].default), **inner)
     known = [*own, *(f.name for group in groups.values() for f in fields(group))]
     if unknown := [name for name in options if name not in known]:
-        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask"}  # arguments of their own
+        # arguments of their own
+        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask", "control"}
         names = [name for name in known if name not in hidden]
         close = " or ".join(difflib.get_close_matches(unknown[0], names, n=2))
         meant = f"did you mean {close}? Expected" if close else "expected"

@@ -96,14 +96,19 @@ def to_json(job: Job) -> dict[str, Any]:
     data: dict[str, Any] = {"kind": kind}
     for entry in fields(job):
         name, value = entry.name, getattr(job, entry.name)
-        if "later" in entry.metadata and value is entry.default:
+        if "later" in entry.metadata and _is_default(value, entry.default):
             continue
         if is_dataclass(value):
             value = {k: v for k, v in to_dict(value).items() if k != "batch"}
         elif name in PICTURES and value is not None:
-            value = identity(value)
+            value = identities(value)
         data[name] = value
     return data
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a field has its default; pictures may be tensors, which are not compared."""
+    return value is default or bool(is_dataclass(value) and value == default)
 
 
 def from_json(data: Any) -> Job:
@@ -158,7 +163,23 @@ def identity(picture: Picture) -> dict[str, str | None]:
     return {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _path(name: str, value: Any) -> str:
+def identities(value: Picture | tuple[Picture | None, ...]) -> Any:
+    """`identity` of a picture, or of each of several."""
+    if not isinstance(value, tuple):
+        return identity(value)
+    return [None if picture is None else identity(picture) for picture in value]
+
+
+def hashes(found: Any) -> Any:
+    """The SHA-256 of the pictures in an entry of a recipe: one, or a list."""
+    if isinstance(found, list):
+        return [hashes(each) for each in found]
+    return found.get("sha256") if isinstance(found, dict) else None
+
+
+def _path(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [None if each is None else _path(name, each) for each in value]
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str):
         raise ValueError(

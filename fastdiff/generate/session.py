@@ -22,17 +22,23 @@ from fastdiff.generate.job import (
     CHECKPOINT,
     DEFAULT_SAMPLER,
     Fit,
+    ImageToImageJob,
+    InpaintJob,
     InterpolationJob,
     Job,
     Picture,
     SampleSettings,
+    TextJob,
 )
 from fastdiff.generate.latents import Latents
+from fastdiff.generate.noised_images import NoisedImageConditions
 from fastdiff.generate.pictures import fitted, picture_key, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.controlnet import with_controlnets
 from fastdiff.models.network import Network
+from fastdiff.runtime.conditions import Control
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import Engines
@@ -83,9 +89,10 @@ class Session:
 
     @cached_property
     def network(self) -> Network:
-        """The denoiser, prepared for inference in place."""
+        """The denoiser with its ControlNets, prepared for inference in place."""
         assert self.model.denoiser is not None
-        return prepare(self.model.denoiser, device=self.device, dtype=self.dtype)
+        whole = with_controlnets(self.model.denoiser, self.model.controlnets)
+        return prepare(whole, device=self.device, dtype=self.dtype)
 
     @cached_property
     def engines(self) -> Engines:
@@ -105,8 +112,12 @@ class Session:
         return Latents(first, scale, device=self.device, dtype=self.dtype)
 
     @cached_property
-    def conditions(self) -> Conditions | UnCLIPConditions:
-        """Converts prompts and classes to conditions."""
+    def conditions(self) -> Conditions | UnCLIPConditions | NoisedImageConditions:
+        """Converts prompts, classes and pictures to conditions."""
+        if self.model.image_noise is not None:
+            return NoisedImageConditions(
+                self.model, self.facts, device=self.device, dtype=self.dtype, noise=self.noise
+            )
         if self.model.projection is not None:
             return UnCLIPConditions(
                 self.model, device=self.device, dtype=self.dtype, noise=self.noise
@@ -202,6 +213,50 @@ class Session:
         self.facts.check_size(image.shape[1], image.shape[2], fits=True)
         return image
 
+    @torch.no_grad()
+    def controls(self, job: Job, height: int, width: int) -> tuple[Control | None, ...]:
+        """What the ControlNets add to a checked job's image of this size, in pixels.
+
+        Each picture is embedded once for all jobs that share it. () without ControlNets, as in a
+        refiner that goes on with the job of a model that has some.
+
+        Raises:
+            ValueError: a picture cannot be read, or has another size than the image.
+        """
+        pictures: tuple[Picture | None, ...] = getattr(job, "control", ())
+        if not pictures or not self.model.controlnets:
+            return ()
+        assert isinstance(job, TextJob | ImageToImageJob | InpaintJob)
+        return tuple(
+            None
+            if picture is None
+            else Control(
+                hint=self._hint(index, picture, height, width), scale=scale, start=start, end=end
+            )
+            for index, (picture, (scale, start, end)) in enumerate(
+                zip(pictures, job.controls.each(len(pictures)), strict=True)
+            )
+        )
+
+    def _hint(self, index: int, picture: Picture, height: int, width: int) -> Tensor:
+        """A picture's embedding for a ControlNet: (C', h, w)."""
+        net = self.model.controlnets[index]
+
+        def embed() -> tuple[Picture, Tensor]:  # keeps tensors alive, so ids stay valid
+            _ = self.network  # prepared with its ControlNets
+            image = read_picture(picture, net.config.image_channels, None, None)
+            if image.shape[1:] != (height, width):
+                raise ValueError(
+                    f"a control picture must have the size of the image, {width} x {height}, got "
+                    f"{image.shape[2]} x {image.shape[1]} (width x height); resize it, or set "
+                    "height and width"
+                )
+            pixels = ((image + 1) / 2)[None].to(self.device, self.dtype)
+            return picture, net.hint(pixels.contiguous(memory_format=torch.channels_last))[0]
+
+        key = (index, picture_key(picture), height, width)
+        return self._once("hints", PICTURES, key, embed)[1]
+
     def encoded(
         self, pictures: Sequence[Picture], image: Tensor, tile: int, fit: Fit | None
     ) -> Tensor:
@@ -232,6 +287,7 @@ class Session:
         image. seed: seed of the noise, if not that of the job.
         """
         more["pulls"] = self.pulls(job, x)
+        more["controls"] = self.controls(job, *size)
         guided = any(table.guided)
         condition, unconditional = self.conditions.of(job, size, guided=guided)
         return Request(

@@ -42,6 +42,9 @@ def check_stages(job: Job, model: Model) -> None:
         raise ValueError(
             f"{model.name} enlarges its images with networks of its own; leave upscale out"
         )
+    level, levels = job.text.image_noise, model.image_noise_schedule
+    if level is not None and levels is not None and level >= levels.num_timesteps:
+        raise ValueError(f"image_noise must be 0 to {levels.num_timesteps - 1}, got {level}")
     if model.prior is None and job.image is None:
         raise ValueError(
             f"{model.name} makes variations of a picture, and none was given; pass image= "
@@ -55,6 +58,8 @@ def _stage_of(option: str, model: Model) -> tuple[str, bool]:
         return "upsampler", bool(model.upsamplers)
     if option in PRIOR_OPTIONS:
         return "prior", model.prior is not None
+    if option == "image_noise":
+        return "noise of image embeddings", model.image_noise is not None
     return "image encoder", model.image_encoder is not None
 
 

@@ -276,6 +276,8 @@ class Builder:
 
     def _pixels(self, name: str, data: bytes, job: Any) -> Any:
         size = getattr(job, "height", None), getattr(job, "width", None)
+        if name == "control":  # must have the size of the image; a path is not resized either
+            size = None, None
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 picture.load()

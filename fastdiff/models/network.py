@@ -77,6 +77,8 @@ class Network(nn.Module):
     those of x."""
     denoises: bool = True
     """Whether `body` returns a prediction for x; False for a classifier of noisy samples."""
+    num_controls: int = 0
+    """Number of ControlNets that `body_controlled` can use."""
 
     def embed(self, t: Tensor, y: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Combine everything that conditions the blocks into one vector per sample, (N, E).
@@ -118,6 +120,23 @@ class Network(nn.Module):
 
         x: (N, in_channels, *spatial). emb: (N, E). context: of 2 N rows, two in turn for each row
         of x. Returns (2 N, out_channels, *spatial).
+        """
+        raise NotImplementedError
+
+    def body_controlled(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        context: Context,
+        used: Sequence[int],
+        hints: Sequence[Tensor],
+        scales: Tensor,
+    ) -> Tensor:
+        """`body` with ControlNets (Zhang et al. 2023, arXiv 2302.05543).
+
+        x, emb, context: as for `body`; context is projected. used: indices of the ControlNets,
+        0 .. num_controls - 1. hints: one per index, (N, C', *spatial), the embedded picture.
+        scales: (N, num_controls), fp32 or fp64, the strengths; those not used are not read.
         """
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 
 from fastdiff.images import to_pil
-from fastdiff.models.layers import LayerNorm
+from fastdiff.models.layers import LayerNorm, timestep_embedding
 from fastdiff.models.text import EncodedPrompt
 
 
@@ -78,6 +78,54 @@ class ImageProjection(nn.Module):
         if mask is not None:
             mask = nn.functional.pad(mask, (config.image_tokens, 0), value=True)
         return EncodedPrompt(tokens, added, mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNoiseConfig:
+    """The architecture of an `ImageNoise`."""
+
+    embedding_dim: int  # width of CLIP's image embeddings
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim <= 0:
+            raise ValueError(
+                f"ImageNoiseConfig: embedding_dim must be positive, got {self.embedding_dim}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return 1
+
+
+class ImageNoise(nn.Module):
+    """Add noise to an image embedding, and say how much (Stable Diffusion 2.1 unCLIP).
+
+    The noise is added where CLIP's embeddings have mean 0 and variance 1 (`mean`, `std`).
+    """
+
+    def __init__(self, config: ImageNoiseConfig) -> None:
+        super().__init__()
+        self.config = config
+        # statistics of CLIP's image embeddings, which are measured and not trained
+        self.mean = nn.Parameter(torch.zeros(1, config.embedding_dim), requires_grad=False)
+        self.std = nn.Parameter(torch.ones(1, config.embedding_dim), requires_grad=False)
+
+    def forward(self, image: Tensor, noise: Tensor, alpha: float, sigma: float, t: int) -> Tensor:
+        """The vector that the denoiser adds to its time embedding.
+
+        Args:
+            image, noise: (N, embedding_dim).
+            alpha, sigma: shares of the image and of the noise.
+            t: their timestep.
+
+        Returns:
+            (N, 2 * embedding_dim): the noised embedding, and the embedding of t.
+        """
+        normal = (image - self.mean) / self.std
+        noised = (alpha * normal + sigma * noise) * self.std + self.mean
+        steps = torch.full((len(image),), float(t), device=image.device)
+        level = timestep_embedding(steps, self.config.embedding_dim, "openai").to(noised)
+        return torch.cat([noised, level], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

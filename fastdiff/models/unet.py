@@ -402,6 +402,23 @@ def resample(config: UNetConfig, width: int, direction: Literal["up", "down"]) -
     return Downsample(width, config.downsample_padding)
 
 
+def condition_embedding(
+    layers: Any, config: UNetConfig, t: Tensor, y: Tensor | None, added: Tensor | None
+) -> Tensor:
+    """`UNet.embed` with the layers `time_embed`, `label_embed` and `added_embed` of a module."""
+    check_conditions(config, len(t), y, added)
+    dtype = layers.time_embed[0].weight.dtype
+    if config.timestep_scale != 1:
+        t = t.float() * config.timestep_scale
+    emb = timestep_embedding(t, config.time_width, config.time_embedding)
+    emb = layers.time_embed(emb.to(dtype))  # (N, emb_dim)
+    if y is not None:
+        emb = emb + embed_labels(layers.label_embed, y)
+    if added is not None:
+        emb = emb + layers.added_embed(added.to(dtype))
+    return F.silu(emb)
+
+
 def encoder(config: UNetConfig) -> tuple[nn.ModuleList, Stage, list[int]]:
     """The way down and the middle: input blocks, middle block, and the width of each input block's
     result."""
@@ -529,18 +546,7 @@ class UNet(Network):
         Raises:
             ValueError: a condition is missing, not supported, or of the wrong shape.
         """
-        config = self.config
-        check_conditions(config, len(t), y, added)
-        dtype = self.conv_out.weight.dtype
-        if config.timestep_scale != 1:
-            t = t.float() * config.timestep_scale
-        emb = timestep_embedding(t, config.time_width, config.time_embedding)
-        emb = self.time_embed(emb.to(dtype))  # (N, emb_dim)
-        if y is not None:
-            emb = emb + embed_labels(self.label_embed, y)
-        if added is not None:
-            emb = emb + self.added_embed(added.to(dtype))
-        return F.silu(emb)
+        return condition_embedding(self, self.config, t, y, added)
 
     def project_context(self, context: Tensor, mask: Tensor | None = None) -> ContextKV:
         """Keys and values of every block that reads the context; they do not depend on the step.
@@ -582,6 +588,14 @@ class UNet(Network):
         """
         return self.body_keeping(x, emb, context, ())[0]
 
+    def body_adding(
+        self, x: Tensor, emb: Tensor, context: Tensor | Context | None, residuals: Sequence[Tensor]
+    ) -> Tensor:
+        """`body` with a ControlNet's residuals: one per input block, added to the skip connection
+        that it leads to, and a last one, added to the middle block's result."""
+        projected = project_embedding(self.res_blocks(), emb)
+        return self._whole(x, emb, context, (), projected, residuals)[0]
+
     @property
     def shares_prefix(self) -> bool:
         """See `Network.shares_prefix`."""
@@ -622,14 +636,22 @@ class UNet(Network):
         context: Tensor | Context | None,
         branches: Sequence[int],
         projected: list[Tensor] | None,
+        residuals: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """`body_keeping` with the embedding's projections, which one row may serve for all."""
+        """`body_keeping` with the embedding's projections, which one row may serve for all.
+
+        residuals: as for `body_adding`.
+        """
         run = self._runner(emb, context, projected)
         skips: list[Tensor] = []
         state, stages = Addends(x), [*self.input_blocks, self.middle_block]
         for stage, after in zip(stages, [*stages[1:], self.output_blocks[0]], strict=True):
             state, total = run(stage, state, following=first_of(after))
             skips.append(total)  # what the stage was given, summed by its first norm
+        if residuals is not None:
+            *more, middle = residuals
+            skips[1:] = [skip + extra for skip, extra in zip(skips[1:], more, strict=True)]
+            state = Addends(state.total() + middle)
         return self._up(run, state, skips, branches)
 
     def shallow(

@@ -73,6 +73,25 @@ class Condition:
         return weights.expand(count, -1)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Control:
+    """What one of the network's ControlNets adds to a sample."""
+
+    hint: Tensor
+    """(C', *spatial), its embedding of the sample's picture, of the size of x."""
+    scale: float = 1.0
+    """Factor of what it adds."""
+    start: float = 0.0
+    """Fraction of the table's rows before which it adds nothing."""
+    end: float = 1.0
+    """Fraction of the table's rows after which it adds nothing."""
+
+    def covers(self, row: int, rows: int) -> bool:
+        """Whether it is used in this row of a table: as in diffusers, if the row, as an interval of
+        1 / rows, lies within [start, end]."""
+        return row / rows >= self.start and (row + 1) / rows <= self.end
+
+
 def class_conditions(
     config: NetworkConfig, labels: Sequence[int | None], *, guided: bool
 ) -> tuple[list[Condition], list[Condition] | None]:

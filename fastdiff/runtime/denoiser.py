@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,6 +57,27 @@ class Turn(NamedTuple):
     """Branch of its deep features; None if it neither keeps nor reuses any."""
     shallow: bool = False
     """Whether the evaluation reuses them; otherwise it keeps them."""
+    controls: tuple[int, ...] = ()
+    """The ControlNets that are used."""
+
+
+class Controls(NamedTuple):
+    """What the ControlNets of all samples read."""
+
+    hints: Mapping[int, Tensor]
+    """ControlNet -> (S, C', *spatial), the embedded pictures; only those that a sample uses."""
+    scales: Tensor
+    """(S, ControlNets), the strengths."""
+
+
+class _Group(NamedTuple):
+    """Turns that can share blocks."""
+
+    size: int
+    """Rows per block; 0: one block of any size."""
+    branch: int | None
+    """Branch whose deep features are reused; None: the whole network."""
+    controls: tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -68,6 +89,8 @@ class Part(NamedTuple):
     """Branches whose deep features are kept."""
     pairs: bool = False
     """Whether it runs what the two rows of a guided sample share only once."""
+    controls: tuple[int, ...] = ()
+    """The ControlNets that are used."""
 
 
 @dataclass(eq=False)
@@ -148,7 +171,7 @@ class Denoiser:
 
     Samples may keep and reuse deep features of the network (`fastdiff.diffusion.caching`), each at
     its own evaluations: rows that run the whole network and rows that run a part of it lie in
-    separate blocks.
+    separate blocks, and so do rows that use other ControlNets.
 
     On a CPU, a sample's bits depend on its own x, condition and table and on whether the row is
     guided or shallow, but not on the other samples; see `fastdiff.runtime.blocks`. Calls are
@@ -232,15 +255,15 @@ class Denoiser:
 
         turns: one per sample that takes part. samples: S, the number of samples in x.
         """
-        groups: dict[tuple[int, int | None], list[Turn]] = {}  # rows per block, branch if shallow
+        groups: dict[_Group, list[Turn]] = {}
         for turn in turns:
-            key = self._size(turn), turn.branch if turn.shallow else None
-            groups.setdefault(key, []).append(turn)
+            branch = turn.branch if turn.shallow else None
+            groups.setdefault(_Group(self._size(turn), branch, turn.controls), []).append(turn)
         keeps = {turn.branch for turn in turns if turn.branch is not None and not turn.shallow}
         whole = Part(None, tuple(sorted(keeps)))
         cond, uncond, packed = [-1] * samples, [-1] * samples, list[tuple[list[_Row], Part]]()
         start = 0
-        for (size, branch), members in sorted(groups.items(), key=_whole_first):
+        for (size, branch, controls), members in sorted(groups.items(), key=_whole_first):
             rows = list[_Row]()
             for turn in members:
                 own = _rows_of(turn)
@@ -252,6 +275,8 @@ class Denoiser:
             if padding and branch is None:
                 blocks[-1][-padding:] = [rows[-1]._replace(deep=-1)] * padding
             part = whole if branch is None else Part(branch, ())
+            if controls:
+                part = Part(None, (), controls=controls)
             packed += [(block, self._shared(block, part, len(groups))) for block in blocks]
             start += len(rows) + padding
         return self._batch(cond, uncond, packed, unread=2 * samples)
@@ -262,7 +287,9 @@ class Denoiser:
         On a CPU only where a guided sample is a block of its own, so that it always shares. On a
         GPU only in the one block of a batch, whose vectors are aligned whatever their length.
         """
-        if part.shallow is not None or part.keeps or not self.network.shares_prefix:
+        if part.shallow is not None or part.keeps or part.controls:
+            return part
+        if not self.network.shares_prefix:
             return part
         if self.blocks is not None and (self.blocks.guided, self.blocks.single) != (2, 1):
             return part
@@ -284,21 +311,36 @@ class Denoiser:
             return 0
         return self.blocks.guided if turn.guided else self.blocks.single
 
-    def __call__(self, x: Tensor, batch: Batch, extra: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        batch: Batch,
+        extra: Tensor | None = None,
+        controls: Controls | None = None,
+    ) -> Tensor:
         """Evaluate the network for the samples of a batch.
 
-        x: (S, C, *spatial). extra: (S, C', *spatial), input channels appended to x.
+        x: (S, C, *spatial). extra: (S, C', *spatial), input channels appended to x. controls: of
+        the samples that use ControlNets.
 
         Returns (batch.rows, out_channels, *spatial) in the network's dtype.
         """
         extra = None if extra is None else extra.to(x)
-        parts = [self._run(x, block, extra) for block in batch.blocks]
+        parts = [self._run(x, block, extra, controls) for block in batch.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _run(self, x: Tensor, block: _Block, extra: Tensor | None) -> Tensor:
+    def _run(
+        self, x: Tensor, block: _Block, extra: Tensor | None, controls: Controls | None
+    ) -> Tensor:
         """The outputs of a block; the deep features that it keeps are written to `deep`."""
-        (branch, keeps, _), network = block.part, self.network
+        (branch, keeps, _, used), network = block.part, self.network
         x, emb = self._inputs(x, block, extra)
+        if used:
+            assert controls is not None, "turns that use ControlNets, without their pictures"
+            assert block.context is not None, "only networks with context have ControlNets"
+            hints = [gather(controls.hints[net], block.samples, self.dtype) for net in used]
+            scales = controls.scales[block.samples]
+            return network.body_controlled(x, emb, block.context, used, hints, scales)
         if branch is not None:
             deep = gather(self.deep[branch], block.deep)
             return network.shallow(x, emb, block.context, branch, deep)
@@ -411,7 +453,7 @@ def _rows_of(turn: Turn) -> list[_Row]:
     return [*rows, _Row(sample, guide.first + turn.row, guide.condition, deep[1])]
 
 
-def _whole_first(group: tuple[tuple[int, int | None], list[Turn]]) -> int:
+def _whole_first(group: tuple[_Group, list[Turn]]) -> tuple[int, tuple[int, ...]]:
     """Order of the groups of a batch: the same parts in the same order make the same graph."""
-    branch = group[0][1]
-    return -1 if branch is None else branch
+    _, branch, controls = group[0]
+    return -1 if branch is None else branch, controls

@@ -32,8 +32,8 @@ from fastdiff.diffusion.sampling import Slots, not_finite
 from fastdiff.diffusion.stack import Stack
 from fastdiff.kernels import int64_bits
 from fastdiff.models.network import Network
-from fastdiff.runtime.conditions import Condition
-from fastdiff.runtime.denoiser import Batch, Denoiser, Guide, Turn
+from fastdiff.runtime.conditions import Condition, Control
+from fastdiff.runtime.denoiser import Batch, Controls, Denoiser, Guide, Turn
 from fastdiff.runtime.graphs import ROWS, StepGraphs, rounded_rows
 
 Progress = Callable[[int, int], None]
@@ -42,6 +42,8 @@ Watch = Callable[[Sequence[int], Tensor, Tensor], None]
 """Called as watch(tickets, x, denoised) after a step of an engine; tensors are (n, *shape)."""
 
 
+HINT, SCALES = "hint of ", "scales"
+"""Names of the tensors of ControlNets in `Engine._state`; the number of one follows the first."""
 Gradients = Literal["none", "x", "x0"]
 """Of objectives of x alone, or also of the network, for objectives of the x0 estimate."""
 
@@ -90,6 +92,8 @@ class Request:
     GPU, all requests with the same objective are evaluated together; elsewhere in blocks."""
     cache: CacheConfig | None = None
     """Reuse deep features of the network in some rows; None: every row is evaluated in full."""
+    controls: tuple[Control | None, ...] = ()
+    """For networks with ControlNets: what each of them adds, or None; () for none."""
     tag: Any = None
     """For the caller's own use; ignored by the engine."""
 
@@ -138,6 +142,9 @@ class _Seat:
     log_probs: list[Tensor] = field(default_factory=list)  # (), of each row so far, if asked for
 
 
+_Part = tuple[int | None, tuple[int, ...]]
+
+
 class _Kind(NamedTuple):
     """What the next row of a slot needs of the network."""
 
@@ -145,11 +152,12 @@ class _Kind(NamedTuple):
     guided: bool
     branch: int | None  # of its deep features, if it keeps or reuses them
     shallow: bool  # whether it reuses them
+    controls: tuple[int, ...] = ()  # the ControlNets that it uses
 
     @property
-    def part(self) -> int | None:
+    def part(self) -> _Part:
         """Rows with equal parts of the network share blocks."""
-        return self.branch if self.shallow else None
+        return (self.branch if self.shallow else None), self.controls
 
 
 @dataclass(eq=False)
@@ -277,6 +285,7 @@ class Engine:
             full = request.cache.full(table.guided)
         self._slots.put(slot, table, request.x, int64_bits(request.seed))
         self._keep("extra", slot, request.extra)
+        self._keep_controls(slot, request.controls)
         if request.mask is not None:
             levels = self._levels.add(
                 request.table, lambda: _levels_after(request.table).to(self._slots.x)
@@ -367,7 +376,7 @@ class Engine:
         if self._kind.gradients != "none":
             prediction, cond, uncond = *self._pulled(plan), None
         else:
-            prediction = self._denoiser(self._slots.x, plan.batch, self._state.get("extra"))
+            prediction = self._denoiser(self._slots.x, plan.batch, *self._inputs())
             cond, uncond = plan.batch.cond, plan.batch.uncond
         self._slots.step(prediction, cond=cond, uncond=uncond, denoised=denoised, only=only)
         if len(plan.masked):
@@ -383,7 +392,7 @@ class Engine:
 
         def predict(x: Tensor, at: At) -> Tensor:
             whole = held.x.index_copy(0, chosen, x)
-            outputs = self._denoiser(whole, batch, self._state.get("extra")).to(x.dtype)
+            outputs = self._denoiser(whole, batch, *self._inputs()).to(x.dtype)
             own = outputs[cond]
             if uncond is None:
                 return own
@@ -402,7 +411,7 @@ class Engine:
 
     def _replay(self, graphs: StepGraphs, plan: _Plan, *, shown: bool) -> Tensor | None:
         """`_evaluate` as a graph. Returns the estimates of x0, if they are needed."""
-        slots, extra = self._slots, self._state.get("extra")
+        slots, inputs = self._slots, self._inputs()
         if shown and self._estimates is None:
             self._estimates = torch.empty_like(slots.x)
         denoised = self._estimates if shown else None
@@ -410,7 +419,7 @@ class Engine:
         rescale = slots.rescales(plan.slots)
 
         def work() -> None:
-            prediction = self._denoiser(slots.x, kept.batch, extra)
+            prediction = self._denoiser(slots.x, kept.batch, *inputs)
             cond, uncond = kept.batch.cond, kept.batch.uncond
             slots.take(prediction, cond, uncond, denoised=denoised, rescale=rescale)
             if len(kept.masked):
@@ -435,7 +444,7 @@ class Engine:
         order = sorted(busy, key=lambda slot: self._seats[slot].turn)
         turns = [self._kind_of(slot) for slot in order]
         if turns and blocks is not None and blocks.guided == blocks.single:
-            room: dict[int | None, int] = {}
+            room: dict[_Part, int] = {}
             for turn in turns:
                 room[turn.part] = room.get(turn.part, 0) + 1 + turn.guided
             room = {part: rows - rows % blocks.single for part, rows in room.items()}
@@ -454,7 +463,9 @@ class Engine:
         seat, row = self._seats[slot], self._slots.row(slot)
         guided = seat.request.table.guided[row]
         if seat.full is None or seat.request.cache is None:
-            return _Kind(slot, guided, None, False)
+            rows, given = len(seat.request.table), enumerate(seat.request.controls)
+            used = tuple(net for net, each in given if each is not None and each.covers(row, rows))
+            return _Kind(slot, guided, None, False, used)
         return _Kind(slot, guided, seat.request.cache.branch, not seat.full[row])
 
     def _plan_for(self, turns: list[_Kind]) -> _Plan:
@@ -462,7 +473,7 @@ class Engine:
             rows = {turn.slot: self._slots.row(turn.slot) for turn in turns}
             guides = [self._seats[slot].guide for slot in rows]
             parts = [
-                Turn(turn.slot, guide, rows[turn.slot], turn.guided, turn.branch, turn.shallow)
+                Turn(turn.slot, guide, rows[turn.slot], *turn[1:])
                 for turn, guide in zip(turns, guides, strict=True)
             ]
             batch = self._denoiser.batch(parts, len(self._slots))
@@ -539,6 +550,23 @@ class Engine:
             self._state[name] = torch.zeros(shape, dtype=dtype, device=self._slots.x.device)
         self._state[name][slot] = value
 
+    def _keep_controls(self, slot: int, controls: Sequence[Control | None]) -> None:
+        """Copy what a request's ControlNets read."""
+        for net, each in enumerate(controls):
+            if each is not None:
+                self._keep(f"{HINT}{net}", slot, each.hint)
+        if controls:
+            scales = [0.0 if each is None else each.scale for each in controls]
+            self._keep(SCALES, slot, torch.tensor(scales, dtype=self._slots.x.dtype))
+
+    def _inputs(self) -> tuple[Tensor | None, Controls | None]:
+        """The extra channels of all slots, and what their ControlNets read."""
+        state = self._state
+        if (scales := state.get(SCALES)) is None:
+            return state.get("extra"), None
+        hints = {int(n.removeprefix(HINT)): t for n, t in state.items() if n.startswith(HINT)}
+        return state.get("extra"), Controls(hints, scales)
+
     def _check(self, request: Request) -> None:
         """The errors of `submit`."""
         config, kind = self._denoiser.network.config, request.shape_class
@@ -570,8 +598,14 @@ class Engine:
             )
         self._check_x(request)
         self._check_pulls(request)
+        self._check_controls(request)
         if request.cache is not None:
-            check_cache(request.cache, self._denoiser.network, pulled=bool(request.pulls))
+            check_cache(
+                request.cache,
+                self._denoiser.network,
+                pulled=bool(request.pulls),
+                controlled=any(request.controls),
+            )
         other = request.unconditional
         if any(request.table.guided) and (other is None or other.tokens != kind.tokens):
             tokens = None if other is None else f"one with {other.tokens} tokens"
@@ -579,6 +613,22 @@ class Engine:
                 f"the table is guided, so unconditional must be a condition with {kind.tokens} "
                 f"tokens, got {tokens}; pass one, or build the table with guidance_scale=1"
             )
+
+    def _check_controls(self, request: Request) -> None:
+        """Raise ValueError unless the network has these ControlNets, and hints have x's sides."""
+        count = self._denoiser.network.num_controls
+        if request.controls and len(request.controls) != count:
+            raise ValueError(
+                f"the network has {count} ControlNets, got controls for {len(request.controls)}; "
+                "give one per ControlNet, None for those that add nothing, or leave controls out"
+            )
+        sides = tuple(request.x.shape[1:])
+        for each in request.controls:
+            if each is not None and each.hint.shape[1:] != sides:
+                raise ValueError(
+                    f"hint must have the sides of x, {sides}, got {tuple(each.hint.shape[1:])}; "
+                    "embed a picture of the size of the image"
+                )
 
     def _check_pulls(self, request: Request) -> None:
         """Raise ValueError unless each pull has a gradient, which is tried once per objective."""
@@ -627,10 +677,12 @@ class Engine:
             )
 
 
-def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
+def check_cache(
+    cache: CacheConfig, network: Network, *, pulled: bool, controlled: bool = False
+) -> None:
     """Raise ValueError unless a network's deep features can be reused in this way.
 
-    pulled: whether gradients guide the sample.
+    pulled: whether gradients guide the sample. controlled: whether it uses ControlNets.
     """
     if not network.branches:
         raise ValueError(
@@ -646,6 +698,11 @@ def check_cache(cache: CacheConfig, network: Network, *, pulled: bool) -> None:
         raise ValueError(
             "cache cannot be combined with guidance by gradients (pulls, or classifier_scale), "
             "which need every evaluation in full; leave one of them out"
+        )
+    if controlled:
+        raise ValueError(
+            "cache cannot be combined with control: a ControlNet runs in every evaluation; leave "
+            "one of them out"
         )
 
 

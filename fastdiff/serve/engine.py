@@ -62,7 +62,8 @@ class Setup:
 
 def job_frame(job: Job) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A checked job for a message; its pictures are tensors."""
-    names = {entry.name for entry in fields(job)}.intersection(PICTURES)
+    assert not getattr(job, "control", ()), "the server takes no control pictures"
+    names = {entry.name for entry in fields(job)}.intersection(PICTURES) - {"control"}
     pictures = {name: getattr(job, name) for name in names}
     pictures = {name: picture for name, picture in pictures.items() if picture is not None}
     plain = {name: value for name, value in to_json(job).items() if name not in PICTURES}

@@ -533,7 +533,13 @@ class Worker:
 
 
 def check_served(model: Model) -> None:
-    """Raise ValueError if the server cannot run a model: its engines hold one network."""
+    """Raise ValueError if the server cannot run a model: its engines hold one network, and requests
+    have no field for control pictures."""
+    if model.controlnets:
+        raise ValueError(
+            "requests to the server have no field for control pictures; leave controlnet "
+            "(--controlnet) out, or use fastdiff txt2img, img2img, inpaint or generate"
+        )
     if model.upsamplers or model.image_encoder is not None:
         raise ValueError(
             f"{model.name} has further networks (unCLIP), which the server does not run; use "

@@ -21,6 +21,7 @@ import fastdiff
 from fastdiff.generate.job import (
     KINDS,
     ClassJob,
+    ControlSettings,
     ImageToImageJob,
     SampleSettings,
     TextSettings,
@@ -117,7 +118,8 @@ def broken_in_each_field(place: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in field_types():
         kinds = [kind for kind, cls in KINDS.items() if name in names_of(cls)]
-        kind = kinds[0] if kinds else "text" if name in names_of(TextSettings) else "class"
+        text = name in names_of(TextSettings) | names_of(ControlSettings)
+        kind = kinds[0] if kinds else "text" if text else "class"
         rows[name] = {"kind": kind, **bases.get(kind, {}), name: {"broken": True}}
     return rows
 

@@ -248,6 +248,11 @@ def _stored(model: Model) -> dict[str, Any]:
             "a bundle must state the size of its images, which these files do not; load them with "
             "image_size="
         )
+    if model.controlnets:
+        raise ValueError(
+            "a bundle cannot contain ControlNets; save the model without controlnet, and give it "
+            "when the bundle is loaded"
+        )
     denoiser, first, table = model.denoiser, model.autoencoder, model.class_embedding
     kind = UNET if denoiser is None else kind_of(denoiser.config)
     stored = _schema(kind)(
@@ -536,6 +541,7 @@ def _open(source: Source, loading: Loading) -> Model:
         "tokenizer",
         "lora",
         "embedding",
+        "controlnet",
         "ema",
         "text_encoders",
         "strict",

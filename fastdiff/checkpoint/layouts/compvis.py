@@ -31,6 +31,8 @@ from fastdiff.names import Prediction
 UNET = "model.diffusion_model."
 EMA = "model_ema.diffusion_model"
 FIRST_STAGE = "first_stage_model."
+CONTROL = "control_model."
+CONTROL_MARK = f"{CONTROL}input_hint_block.0.weight"
 # Tables of the noise schedule and the like, which we compute, and loss networks of a first stage.
 _DERIVED = re.compile(
     r"(sqrt_|log_|posterior_|alphas_cumprod|betas$|logvar$|lvlb_weights$|scale_factor$"
@@ -103,6 +105,7 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
     shared = _is_first_stage(_without_loss(condition), first_stage)
     if shared:
         condition = condition.renamed({})
+    _leave_controlnet(reading)
     unknown = [k for k in weights.places if k not in reading.read and not _DERIVED.match(k)]
     if unknown:
         raise ValueError(
@@ -144,6 +147,23 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
             **({"condition": CONDITION_FIRST_STAGE} if shared else {}),
         },
     )
+
+
+def _leave_controlnet(reading: Reading) -> None:
+    """Leave out the ControlNet beside a Stable Diffusion, which `controlnet` reads.
+
+    Raises:
+        ValueError: there is one, and `controlnet` does not name the file.
+    """
+    path, asked = reading.weights.path, reading.loading.options.controlnet
+    if CONTROL_MARK not in reading.weights.places:
+        return
+    reading.under(CONTROL)
+    if path.resolve() not in [each.resolve() for each in asked]:
+        raise ValueError(
+            f"{path} contains a ControlNet beside the model; load it with "
+            f"controlnet={str(path)!r} (--controlnet {path})"
+        )
 
 
 def load_first_stage(weights: Weights, loading: Loading) -> Model:
@@ -410,5 +430,9 @@ LAYOUT = Layout(
             "*.transformer_blocks.*",
         ),
     ),
+    refused={
+        "the weights of a ControlNet; load the model that it was trained for with "
+        "controlnet= (--controlnet)": ("*input_hint_block.0.weight",)
+    },
     open=_open,
 )

@@ -95,22 +95,24 @@ LAYERS: Layers = {
 def names(model: nn.Module) -> Sources:
     """(our parameter -> OpenAI's parameters) of a U-Net."""
     assert isinstance(model, UNet)
-    places: list[Place] = [
-        ("time_embed.0", model.time_embed[0], "time_embed.0"),
-        ("time_embed.2", model.time_embed[2], "time_embed.2"),
-    ]
-    if model.config.num_classes is not None:
-        places.append(("label_embed", model.label_embed, "label_emb"))
-    if model.config.added_condition_dim is not None and model.config.added_layers == 1:
-        places.append(("added_embed", model.added_embed, "transformer_proj"))
-    elif model.config.added_condition_dim is not None:
-        assert isinstance(model.added_embed, nn.Sequential)
-        places.append(("added_embed.0", model.added_embed[0], "label_emb.0.0"))
-        places.append(("added_embed.2", model.added_embed[2], "label_emb.0.2"))
+    places = list(embedding_places(model, model.config))
     places += stage_places(model, ("input_blocks", "middle_block", "output_blocks"))
     places.append(("norm_out", model.norm_out, "out.0"))
     places.append(("conv_out", model.conv_out, "out.2"))
     return source_names(places, LAYERS)
+
+
+def embedding_places(model: Any, config: UNetConfig) -> Iterator[Place]:
+    """The embedding of timestep, class and added vector, which a U-Net and a ControlNet have."""
+    yield "time_embed.0", model.time_embed[0], "time_embed.0"
+    yield "time_embed.2", model.time_embed[2], "time_embed.2"
+    if config.num_classes is not None:
+        yield "label_embed", model.label_embed, "label_emb"
+    if config.added_condition_dim is not None and config.added_layers == 1:
+        yield "added_embed", model.added_embed, "transformer_proj"
+    elif config.added_condition_dim is not None:
+        yield "added_embed.0", model.added_embed[0], "label_emb.0.0"
+        yield "added_embed.2", model.added_embed[2], "label_emb.0.2"
 
 
 def stage_places(model: nn.Module, parts: Sequence[str]) -> Iterator[Place]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdiff.checkpoint import bert, text_encoders
 from fastdiff.checkpoint.build import Plan
-from fastdiff.checkpoint.layouts.diffusers import dit, unclip
+from fastdiff.checkpoint.layouts.diffusers import dit, image_noise, unclip
 from fastdiff.checkpoint.layouts.diffusers.parts import (
     Files,
     find_weights,
@@ -61,6 +61,10 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         return unclip.open_pipeline(folder, index["_class_name"], parts, loading)
     known = {*DENOISERS, "vae", "vqvae", "scheduler", "text_encoder", "text_encoder_2"}
     known |= {"tokenizer", "tokenizer_2", "bert"}
+    noised = index.get("_class_name") == image_noise.PIPELINE
+    if noised:
+        known |= set(image_noise.PARTS)
+    left_out = [name for name in LEFT_OUT if name in parts.keys() - known]
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
             f"{folder / INDEX}: {index.get('_class_name')!r:.60} contains {', '.join(unknown)}, "
@@ -93,10 +97,14 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         for name, (data, weights) in opened.items()
     }
     text = _text_plans(folder, parts, loading, files)
+    sight = image_noise.plan(folder, parts, files, loading) if noised else None
     files.finish(folder)
+    if sight is not None:
+        image_noise.check(folder, sight, plans[own[0]].model if own else None)
     models = {name: loading.fill(plan) for name, plan in plans.items()}
     denoiser, autoencoder = models.get(own[0] if own else ""), models.get(first or "")
     xl = isinstance(denoiser, UNet) and denoiser.config.added_condition_dim is not None
+    xl = xl and not noised
     model = Model(
         layout=NAME,
         denoiser=denoiser if isinstance(denoiser, Network) else None,
@@ -108,7 +116,7 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
         path=folder,
         provenance={
             "pipeline": index.get("_class_name"),
-            "ignored": [name for name in LEFT_OUT if name in parts],
+            "ignored": left_out,
             **({"without variant": files.plain} if files.plain else {}),
         },
     )
@@ -119,6 +127,8 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     if model.class_names:
         model.provenance[dit.ID2LABEL] = index[dit.ID2LABEL]
     _describe(model, opened[own[0]][0] if own else {}, scheduler, loading)
+    if sight is not None:
+        image_noise.add(model, sight, loading)
     return model
 
 
@@ -226,6 +236,8 @@ def _describe(
             model.provenance |= loading.assumed.provenance
     if isinstance(model.denoiser, UNet):
         model.provenance["linear projections"] = bool(unet.get("use_linear_projection"))
+    if (embed := unet.get("class_embed_type")) == "projection":
+        model.provenance["class_embed_type"] = embed
     if unet.get("addition_time_embed_dim") is not None:
         model.provenance["addition_time_embed_dim"] = unet["addition_time_embed_dim"]
     size = unet.get("sample_size")
@@ -284,6 +296,7 @@ def _open(source: Source, loading: Loading) -> Model:
         "tokenizer",
         "lora",
         "embedding",
+        "controlnet",
         "variant",
         "ema",
         "text_encoders",
@@ -304,6 +317,8 @@ LAYOUT = Layout(
     name=NAME,
     folder=_is_diffusers,
     refused={
+        "the weights of a diffusers ControlNet; load the model that it was trained for with the "
+        "folder as controlnet (--controlnet)": ("controlnet_cond_embedding.conv_in.weight",),
         f"the weights of a diffusers model, {_BESIDE}": (
             "conv_in.weight",
             "down_blocks.0.resnets.0.norm1.weight",

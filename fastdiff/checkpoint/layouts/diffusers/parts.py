@@ -95,6 +95,11 @@ def plan_of(folder: Path, data: dict[str, Any], weights: Weights) -> Plan:
         ValueError: fastdiff has no such model, or the weights are not those of the config.
     """
     kind = data.get("_class_name")
+    if kind == "ControlNetModel":
+        raise ValueError(
+            f"{folder} contains a ControlNet; load the model that it was trained for with "
+            f"controlnet={str(folder)!r} (--controlnet)"
+        )
     known = (*UNETS, *TRANSFORMERS[:1], prior.NAME, *AUTOENCODERS)
     if kind not in known + TRANSFORMERS[1:]:
         raise ValueError(

@@ -136,6 +136,9 @@ def _condition_options(options: Options) -> dict[str, Any]:
     kind = options.get("addition_embed_type")
     if kind not in (None, "text_time"):
         raise options.fail("addition_embed_type", "None or 'text_time'")
+    embedded = options.get("class_embed_type")
+    if embedded not in (None, "projection") or (embedded and kind):
+        raise options.fail("class_embed_type", "None or, without addition_embed_type, 'projection'")
     options.get("addition_time_embed_dim")  # the caller embeds sizes and crops
     added = options.get("projection_class_embeddings_input_dim")
     return {
@@ -144,7 +147,7 @@ def _condition_options(options: Options) -> dict[str, Any]:
         ),
         "middle_depth": depths[-1],
         "context_dim": _constant(options, "cross_attention_dim", 1280),
-        "added_condition_dim": added if kind == "text_time" else None,
+        "added_condition_dim": added if kind or embedded else None,
         **_heads(options, attention),
     }
 
@@ -317,10 +320,11 @@ def convert_state_dict(state: Mapping[str, Tensor], model: UNet | Autoencoder) -
 
 
 def current_name(key: str) -> str:
-    """The current name of a tensor in diffusers, given its current or old name."""
+    """The name of a tensor in `names`, given its current or old name in diffusers."""
     for old, new in OLD_ATTENTION_NAMES.items():
         key = key.replace(old, new)
-    return key
+    # "projection" of Stable Diffusion unCLIP computes what SDXL's added condition does
+    return key.replace("class_embedding.linear_", "add_embedding.linear_")
 
 
 def names(model: nn.Module) -> Sources:
@@ -330,18 +334,18 @@ def names(model: nn.Module) -> Sources:
     return source_names(places, LAYERS)
 
 
-def unet_places(unet: UNet) -> Iterator[Place]:
-    config, last = unet.config, len(unet.config.channel_mult) - 1
-    yield "time_embed.0", unet.time_embed[0], "time_embedding.linear_1"
-    yield "time_embed.2", unet.time_embed[2], "time_embedding.linear_2"
+def encoder_places(model: Any, config: UNetConfig) -> Iterator[Place]:
+    """The places of embedding, way down and middle, which a U-Net and a ControlNet have."""
+    last = len(config.channel_mult) - 1
+    yield "time_embed.0", model.time_embed[0], "time_embedding.linear_1"
+    yield "time_embed.2", model.time_embed[2], "time_embedding.linear_2"
     if config.num_classes is not None:
-        yield "label_embed", unet.label_embed, "class_embedding"
+        yield "label_embed", model.label_embed, "class_embedding"
     if config.added_condition_dim is not None and config.added_layers:
-        assert isinstance(unet.added_embed, nn.Sequential)
-        yield "added_embed.0", unet.added_embed[0], "add_embedding.linear_1"
-        yield "added_embed.2", unet.added_embed[2], "add_embedding.linear_2"
+        yield "added_embed.0", model.added_embed[0], "add_embedding.linear_1"
+        yield "added_embed.2", model.added_embed[2], "add_embedding.linear_2"
 
-    stages = enumerate(unet.input_blocks)
+    stages = enumerate(model.input_blocks)
     index, stage = next(stages)
     yield f"input_blocks.{index}.0", next(stage.children()), "conv_in"
     for level in range(last + 1):
@@ -353,14 +357,17 @@ def unet_places(unet: UNet) -> Iterator[Place]:
             theirs = f"down_blocks.{level}.downsamplers.0"
             yield f"input_blocks.{index}.0", next(stage.children()), theirs
 
-    first, *attention, second = unet.middle_block
+    first, *attention, second = model.middle_block
     yield "middle_block.0", first, "mid_block.resnets.0"
     for block in attention:
         yield "middle_block.1", block, "mid_block.attentions.0"
-    yield f"middle_block.{len(unet.middle_block) - 1}", second, "mid_block.resnets.1"
+    yield f"middle_block.{len(model.middle_block) - 1}", second, "mid_block.resnets.1"
 
+
+def unet_places(unet: UNet) -> Iterator[Place]:
+    yield from encoder_places(unet, unet.config)
     for index, stage in enumerate(unet.output_blocks):
-        level, j = divmod(index, config.num_res_blocks + 1)
+        level, j = divmod(index, unet.config.num_res_blocks + 1)
         yield from _stage_places(f"output_blocks.{index}", stage, f"up_blocks.{level}", j)
     yield "norm_out", unet.norm_out, "conv_norm_out"
     yield "conv_out", unet.conv_out, "conv_out"

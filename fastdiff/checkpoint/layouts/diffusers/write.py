@@ -106,6 +106,15 @@ def _denoiser(model: Model) -> UNet | DiT | None:
         raise ValueError(
             "a diffusers folder cannot contain a noisy classifier; save a bundle instead"
         )
+    if model.controlnets:
+        raise ValueError(
+            "fastdiff writes no ControlNets into diffusers folders; save the model without "
+            "controlnet, and give it when the folder is loaded"
+        )
+    if "class_embed_type" in model.provenance:
+        raise ValueError(
+            "fastdiff cannot write a U-Net that reads an image embedding; copy its folder"
+        )
     if isinstance(model.denoiser, DiT) and model.schedule is not None and not model.autoencoder:
         raise ValueError(
             "diffusers' DiTPipeline needs an autoencoder, got a DiT on pixels; write a bundle"
