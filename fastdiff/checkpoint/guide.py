@@ -1,4 +1,4 @@
-"""A model together with a noisy classifier that guides it, if the two belong together."""
+"""A model together with a noisy classifier or CLIP that guides it, if the two belong together."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ Fact = tuple[str, Any, Any]
 """What is compared, and what the model and the classifier say; None: it is not known."""
 
 
-def check_denoiser(model: Model) -> Network:
-    """The denoiser of a model that a classifier is to guide.
+def check_denoiser(model: Model, guide: str = "classifier") -> Network:
+    """The denoiser of a model that a classifier or a CLIP is to guide.
+
+    guide: the option that names it.
 
     Raises:
         ValueError: it has none.
     """
     if model.denoiser is None:
         raise ValueError(
-            f"{model.path} contains no denoiser, so a classifier cannot guide it; leave classifier "
-            "out"
+            f"{model.path} contains no denoiser, so a {guide} cannot guide it; leave {guide} out"
         )
     return model.denoiser
 
@@ -48,18 +49,7 @@ def with_classifier(model: Model, other: Model) -> Model:
         raise ValueError(
             f"{other.path} contains no noisy classifier; train one with 'fastdiff train classifier'"
         )
-    wrong = [
-        f"{what}: {theirs} for the classifier, {ours} for the denoiser"
-        for what, ours, theirs in _facts(model, other, other.classifier)
-        if None not in (ours, theirs) and ours != theirs
-    ]
-    if not _same_schedule(_known_schedule(model), _known_schedule(other)):
-        wrong.append("the noise schedule differs")
-    if wrong:
-        raise ValueError(
-            f"the classifier of {other.path} does not fit {model.path} ({'; '.join(wrong)}); train "
-            "one with 'fastdiff train classifier --guides' and this model"
-        )
+    _check_fits(model, other, "classifier", _facts(model, other, other.classifier))
     return replace(
         model,
         classifier=other.classifier,
@@ -73,6 +63,64 @@ def with_classifier(model: Model, other: Model) -> Model:
     )
 
 
+def with_clip(model: Model, other: Model) -> Model:
+    """A model guided by the noised CLIP of another one: the model itself, with `clip` set.
+
+    Raises:
+        ValueError: there is no denoiser or no CLIP, the denoiser does not read text, or the CLIP
+            was trained on other samples (channels, scale) or another noise schedule.
+    """
+    denoiser = check_denoiser(model, "clip")
+    if other.clip is None:
+        raise ValueError(
+            f"{other.path} contains no noised CLIP; train one with 'fastdiff train clip'"
+        )
+    if denoiser.config.context_dim is None or model.class_embedding is not None:
+        raise ValueError(
+            f"{model.path} does not read text, so its images have no caption for a CLIP to guide "
+            "to; leave clip out"
+        )
+    facts = [
+        ("channels", _channels(denoiser.config), other.clip.model.config.image_channels),
+        ("scale factor", *_scales(model, other)),
+    ]
+    _check_fits(model, other, "clip", facts)
+    return replace(
+        model,
+        clip=other.clip,
+        provenance={**model.provenance, "clip": str(other.path)},
+        stored_hash="",
+    )
+
+
+def _check_fits(model: Model, other: Model, part: str, facts: list[Fact]) -> None:
+    """Raise ValueError unless facts and noise schedules agree; part: a stage of training."""
+    wrong = [
+        f"{what}: {theirs} for the {part}, {ours} for the denoiser"
+        for what, ours, theirs in facts
+        if None not in (ours, theirs) and ours != theirs
+    ]
+    if not _same_schedule(_known_schedule(model), _known_schedule(other)):
+        wrong.append("the noise schedule differs")
+    if wrong:
+        raise ValueError(
+            f"the {part} of {other.path} does not fit {model.path} ({'; '.join(wrong)}); train "
+            f"one with 'fastdiff train {part} --guides' and this model"
+        )
+
+
+def _channels(config: Any) -> int:
+    """Channels of x, as a denoiser predicts it."""
+    channels: int = config.out_channels // (1 + config.learned_sigma)
+    return channels
+
+
+def _scales(model: Model, other: Model) -> tuple[float | None, float]:
+    """The scale factors of both; None for the first if they are equal up to rounding."""
+    ours, theirs = model.scale_factor, other.scale_factor
+    return None if math.isclose(ours, theirs, rel_tol=1e-5) else ours, theirs
+
+
 def _facts(model: Model, other: Model, classifier: Classifier) -> list[Fact]:
     assert model.denoiser is not None
     config, guide, first = model.denoiser.config, classifier.config, model.autoencoder
@@ -83,12 +131,10 @@ def _facts(model: Model, other: Model, classifier: Classifier) -> list[Fact]:
         classes = guide.num_classes if guide.num_classes in (rows, rows - 1) else rows
     factor = 1 if first is None else first.downsample_factor
     side = None if model.image_size is None else model.image_size // factor
-    scales = (model.scale_factor, other.scale_factor)
-    same_scale = math.isclose(*scales, rel_tol=1e-5)
     return [
-        ("channels", config.out_channels // (1 + config.learned_sigma), guide.in_channels),
+        ("channels", _channels(config), guide.in_channels),
         ("side of x", side, guide.sample_size),
-        ("scale factor", None if same_scale else scales[0], scales[1]),
+        ("scale factor", *_scales(model, other)),
         ("classes", classes, guide.num_classes),
         ("names of the classes", model.class_names or None, other.class_names or None),
     ]

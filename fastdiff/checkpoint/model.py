@@ -18,6 +18,7 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import message_line
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.contrastive import NoisedCLIP
 from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
@@ -45,6 +46,9 @@ class Model:
     """The first stage; None for diffusion on pixels."""
     classifier: Classifier | None = None
     """A classifier of noisy x, which can guide a denoiser with the same schedule and classes."""
+    clip: NoisedCLIP | None = None
+    """A contrastive net of noisy x, which can guide a denoiser with the same schedule to captions.
+    """
     controlnets: tuple[ControlNet, ...] = ()
     """ControlNets, each of which reads one of a job's control pictures."""
     text_encoders: tuple[AnyEncoder, ...] = ()
@@ -123,6 +127,7 @@ class Model:
         """Part -> module, for the parts that exist."""
         parts: dict[str, Any] = {"denoiser": self.denoiser, "autoencoder": self.autoencoder}
         parts["classifier"] = self.classifier
+        parts["clip"] = self.clip and self.clip.model
         parts |= {f"{CONTROLNET}{i + 1}": net for i, net in enumerate(self.controlnets)}
         for index, encoder in enumerate(self.text_encoders):
             parts[f"text_encoder{f'_{index + 1}' * bool(index)}"] = encoder.model
@@ -268,6 +273,8 @@ def _hash(model: Model) -> str:
     }
     if model.classifier is not None:
         facts["classifier"] = to_dict(model.classifier.config)
+    if model.clip is not None:
+        facts["clip"] = [to_dict(model.clip.model.config), model.clip.tokenizer.merges]
     if model.controlnets:
         facts["controlnets"] = [to_dict(net.config) for net in model.controlnets]
     if model.image_encoder is not None:

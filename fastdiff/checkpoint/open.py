@@ -17,7 +17,7 @@ import torch
 
 from fastdiff.checkpoint.build import Plan
 from fastdiff.checkpoint.formats import open_weights
-from fastdiff.checkpoint.guide import check_denoiser, with_classifier
+from fastdiff.checkpoint.guide import check_denoiser, with_classifier, with_clip
 from fastdiff.checkpoint.model import Model, image_channels
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.weights import Progress, Weights, fill, some
@@ -191,6 +191,7 @@ def load(
     progress: Progress | None = None,
     vae: PathLike | None = None,
     classifier: PathLike | None = None,
+    clip: PathLike | None = None,
     tokenizer: PathLike | Sequence[PathLike] | None = None,
     lora: PathLike | Sequence[PathLike] | None = None,
     embedding: Mapping[str, PathLike] | None = None,
@@ -221,6 +222,9 @@ def load(
         classifier: a file or folder with a noisy classifier, which then guides what the model
             generates (`classifier_scale`); it must have been trained for this denoiser's samples,
             schedule and classes.
+        clip: a folder with a noised CLIP (`fastdiff train clip`), which then guides what the model
+            generates to the prompts (`clip_scale`); it must have been trained for this denoiser's
+            samples and schedule.
         tokenizer: the folder of a CLIP tokenizer, or one per text encoder, for single files.
         lora: a LoRA file, or several, to merge into the weights; "PATH:0.8" gives its strength.
         embedding: textual inversion files by the words that stand for them in prompts.
@@ -252,10 +256,8 @@ def load(
         controlnet = (controlnet,)
     if controlnet is not None:
         said["controlnet"] = tuple(Path(each) for each in controlnet)
-    if vae is not None:
-        said["vae"] = Path(vae)
-    if classifier is not None:
-        said["classifier"] = Path(classifier)
+    places = {"vae": vae, "classifier": classifier, "clip": clip}
+    said |= {name: Path(place) for name, place in places.items() if place is not None}
     if isinstance(schedule, str):
         said["schedule"] = schedule
     elif not isinstance(schedule, ScheduleConfig | None):
@@ -283,6 +285,8 @@ def _open_whole(path: Path, loading: Loading) -> Model:
     if (place := loading.options.classifier) is not None:
         strict = loading.options.strict
         model = with_classifier(model, open_classifier(place, model, loading.device, strict=strict))
+    if (place := loading.options.clip) is not None:
+        model = with_clip(model, open_clip(place, model, loading.device))
     loading.check_decided(model.path)
     _check_together(model)
     if loading.options.lora:
@@ -444,10 +448,24 @@ def open_classifier(
     Raises:
         ValueError: the model contains no denoiser, or the file is not one that can be opened.
     """
-    weight = next(check_denoiser(model).parameters())
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    options = LoadOptions(strict=strict)
+    options, dtype = LoadOptions(strict=strict), _wide(check_denoiser(model))
     return _open(Path(path), Loading(options=options, dtype=dtype, device=device, classifies=True))
+
+
+def open_clip(path: PathLike, model: Model, device: torch.device | str) -> Model:
+    """Open the noised CLIP that is to guide a model, in fp32 unless the model is in fp64.
+
+    Raises:
+        ValueError: the model contains no denoiser, or the file is not one that can be opened.
+    """
+    dtype = _wide(check_denoiser(model, "clip"))
+    options = LoadOptions(text_encoders=False)
+    return _open(Path(path), Loading(options=options, dtype=dtype, device=device))
+
+
+def _wide(network: torch.nn.Module) -> torch.dtype:
+    """The dtype of gradients for a network, in which half precision would underflow."""
+    return torch.promote_types(next(network.parameters()).dtype, torch.float32)
 
 
 def _check_together(model: Model) -> None:

@@ -27,6 +27,8 @@ class LoadOptions:
     """File or folder with the autoencoder to use, if the model has none or in place of its own."""
     classifier: Path | None = None
     """File or folder with a noisy classifier to guide the model by."""
+    clip: Path | None = None
+    """File or folder with a noised CLIP to guide a model that reads text by."""
     tokenizer: tuple[Path, ...] = ()
     """Folder of the CLIP tokenizer, one per text encoder, for files without one."""
     lora: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class LoadOptions:
     def recorded(self) -> dict[str, Any]:
         """`given` as JSON-compatible values, for a recipe."""
         given = self.given
-        for name in ("vae", "classifier"):
+        for name in ("vae", "classifier", "clip"):
             if name in given:
                 given[name] = str(given[name])
         for name in ("lora", "embedding"):
@@ -155,7 +157,7 @@ class LoadOptions:
             if not isinstance(specs, list | tuple) or not all(isinstance(s, str) for s in specs):
                 raise ValueError(f"{name} must be a list of {what}, got {specs!r:.40}")
             paths[name] = tuple(kind(spec) for spec in specs)
-        for name in ("vae", "classifier"):
+        for name in ("vae", "classifier", "clip"):
             place = recorded.get(name)
             if not isinstance(place, str | None):
                 raise ValueError(f"{name} must be a file or folder, got {place!r:.40}")

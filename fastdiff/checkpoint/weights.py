@@ -24,6 +24,7 @@ from fastdiff.files import printable
 from fastdiff.memory import check_memory
 from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.bert import BERT, BERTConfig
+from fastdiff.models.contrastive import Contrastive, ContrastiveConfig
 from fastdiff.models.controlnet import ControlNet, ControlNetConfig
 from fastdiff.models.glide import GLIDEText, GLIDETextConfig
 from fastdiff.models.network import kind_of, network_family
@@ -195,6 +196,7 @@ _MODULES: dict[type[Any], type[nn.Module]] = {
     ImageProjectionConfig: ImageProjection,
     ControlNetConfig: ControlNet,
     ImageNoiseConfig: ImageNoise,
+    ContrastiveConfig: Contrastive,
 }
 """Config -> module, for those that are no denoisers."""
 
@@ -264,9 +266,10 @@ def fill(
         value = torch.empty(expected.shape, dtype=dtype, device=device)
         row = 0
         for key in sources[name]:
-            rows = weights.places[key].shape[0]
-            weights.copy_into(key, value[row : row + rows])
-            row += rows
+            shape = weights.places[key].shape
+            part = value[row : row + shape[0]] if shape else value  # numbers have no rows
+            weights.copy_into(key, part)
+            row += shape[0] if shape else 0
         state[name] = value
         if progress is not None:
             progress(name, value.nbytes)

@@ -90,6 +90,11 @@ class Facts:
                     f"{model.path} contains a classifier, which guides a denoiser; load the "
                     f"denoiser with classifier={str(model.path)!r}"
                 )
+            if model.clip is not None:
+                raise ValueError(
+                    f"{model.path} contains a noised CLIP, which guides a denoiser; load the "
+                    f"denoiser with clip={str(model.path)!r}"
+                )
             raise ValueError(
                 f"{model.path} contains only an autoencoder, expected a denoiser too; "
                 "train one with 'fastdiff train diffusion'"
@@ -256,10 +261,15 @@ def check(job: Job, facts: Facts) -> Job:
         check_cache(
             cache,
             facts.model.denoiser,
-            pulled=bool(settings.classifier_scale),
+            pulled=bool(settings.classifier_scale or settings.clip_scale),
             controlled=bool(getattr(job, "control", ())),
         )
     _check_control(job, facts)
+    if settings.clip_scale and facts.model.clip is None:
+        raise ValueError(
+            f"{facts.name} was loaded without a noised CLIP, so clip_scale has no effect; give "
+            "clip= (--clip PATH)"
+        )
     change: dict[str, Any] = {"settings": settings}
     if not isinstance(job, ClassJob) and facts.model.prior is not None:
         change["text"] = resolved_text(job.text, facts.model.prior)
@@ -386,6 +396,7 @@ def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
         "clamp": clamp,
         "tile": TEXT_TILE if text else TILE,
         "classifier_scale": None if facts.classified is None else 1.0,
+        "clip_scale": None if facts.model.clip is None else 1.0,
         "upsampler_steps": UPSAMPLER_STEPS if facts.model.upsamplers else None,
     }
     return _changed(

@@ -112,6 +112,9 @@ class SampleSettings:
     factor of the gradient of its log-probability, 0 for none. None: 1 if there is a classifier."""
     classifier_class: int | str | None = field(default=None, metadata=LATER)
     """Class that the classifier pulls towards, by number or name; None: the class of the image."""
+    clip_scale: float | None = field(default=None, metadata=LATER)
+    """How strongly the model's noised CLIP pulls towards the prompt (Nichol et al. 2022): a factor
+    of the gradient of the embeddings' dot product, 0 for none. None: 1 if there is a CLIP."""
     cache: int | None = field(default=None, metadata=LATER)
     """Evaluate the whole U-Net once per this many evaluations, and reuse its deep features in the
     others (DeepCache, Ma et al. 2023): faster, but another image. None: every evaluation in full.
@@ -147,9 +150,10 @@ class SampleSettings:
             raise ValueError(f"tile must be at least 8, got {self.tile}; 0 decodes images whole")
         if self.eta is not None and not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"eta must be a number >= 0, got {self.eta}; 0 adds no noise")
-        scale = self.classifier_scale
-        if scale is not None and not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"classifier_scale must be a number >= 0, got {scale}; 0 turns it off")
+        for name in ("classifier_scale", "clip_scale"):
+            scale = getattr(self, name)
+            if scale is not None and not (math.isfinite(scale) and scale >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {scale}; 0 turns it off")
         if self.clamp is not None and not self.clamp > 0:
             raise ValueError(f"clamp must be positive, got {self.clamp}; use 1 for images")
         if (self.guidance_scale, self.guidance_rescale, self.guidance_interval) != (None, 0, None):

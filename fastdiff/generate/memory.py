@@ -36,6 +36,7 @@ from fastdiff.images import image_size
 from fastdiff.kernels import selected_backend
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 from fastdiff.memory import check_memory
+from fastdiff.models.contrastive import Contrastive
 from fastdiff.models.controlnet import ControlNetConfig, with_controlnets
 from fastdiff.runtime.blocks import block_size, row_blocks
 from fastdiff.runtime.peak import Peak, peak_of
@@ -253,21 +254,33 @@ def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:
         + deep_numbers(job, model, shape[1:], slots + rows) * call.dtype.itemsize
     )
     most = peak.most
+    guides: list[Any] = []
     if model.classifier is not None and job.settings.classifier_scale:
+        guides.append((model.classifier.config, model.classifier.config.in_channels))
+    if model.clip is not None and job.settings.clip_scale:
+        guides.append((model.clip.model.config, model.clip.model.config.image_channels))
+    for guide, channels in guides:
         rows = slots if blocks is None else blocks.single
-        guide = _gradient(model.classifier.config, rows, shape[1:], call.device, selected_backend())
-        most = max(most, round(BACKWARD * guide.most))
+        sides = (channels, *shape[1:])
+        found = _gradient(guide, rows, sides, call.device, selected_backend())
+        most = max(most, round(BACKWARD * found.most))
     return Peak(most + kept, peak.copies, None)
 
 
 @functools.lru_cache(maxsize=64)
-def _gradient(config: Any, rows: int, sides: Size, device: torch.device, forced: str) -> Peak:
-    """Peak of a classifier whose results are kept for the gradient. forced: see `_evaluation`."""
+def _gradient(
+    config: Any, rows: int, sample: tuple[int, ...], device: torch.device, forced: str
+) -> Peak:
+    """Peak of a classifier or CLIP whose results are kept for the gradient.
+
+    sample: (C, h, w). forced: see `_evaluation`.
+    """
     network: Any = _empty(config, torch.float32)
 
     def call() -> None:
-        x = torch.empty(rows, config.in_channels, *sides, device="meta")
-        network(x, torch.empty(rows, device="meta"))
+        x = torch.empty(rows, *sample, device="meta")
+        evaluate = network.embed_images if isinstance(network, Contrastive) else network
+        evaluate(x, torch.empty(rows, device="meta"))
 
     return peak_of(network, call, device=device, dtype=torch.float32, training=True)
 

@@ -14,9 +14,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fastdiff.checkpoint import open as checkpoint_open
-from fastdiff.checkpoint.guide import with_classifier
+from fastdiff.checkpoint.guide import with_classifier, with_clip
 from fastdiff.checkpoint.model import Model as CheckpointModel
-from fastdiff.checkpoint.open import open_classifier, open_device
+from fastdiff.checkpoint.open import open_classifier, open_clip, open_device
 from fastdiff.diffusion.gradients import Pull
 from fastdiff.diffusion.sampling import OnStep
 from fastdiff.generate.facts import Facts
@@ -56,6 +56,7 @@ class Model(CheckpointModel):
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
         classifier: CheckpointModel | str | os.PathLike[str] | None = None,
+        clip: CheckpointModel | str | os.PathLike[str] | None = None,
         pulls: Sequence[Pull] = (),
         progress: Progress | None = None,
         on_step: OnStep | None = None,
@@ -85,6 +86,8 @@ class Model(CheckpointModel):
                 sampler="ddim", guidance_scale=7, negative="blurry", strength=0.5, height=512, ...
             classifier: a noisy classifier that pulls the images towards their classes, with the
                 option classifier_scale: a model that contains one, or its file or folder.
+            clip: a noised CLIP that pulls the images towards their prompts, with the option
+                clip_scale: a model that contains one, or its folder.
             refiner, pulls, progress, on_step, log_probs: as in `fastdiff.generate`.
 
         Raises:
@@ -93,7 +96,7 @@ class Model(CheckpointModel):
         for name, argument in (("prompt", "prompts"), ("label", "classes"), ("seed", "seeds")):
             if name in options:
                 raise ValueError(f"unknown option {name!r}; give {argument}=")
-        model = self if classifier is None else self._guided(classifier)
+        model = self._guided(classifier=classifier, clip=clip)
         classes, seeds = _listed(classes), _listed(seeds)
         count, seeds = _seeds(seeds, prompts, classes)
         facts = Facts.of(model)
@@ -144,19 +147,30 @@ class Model(CheckpointModel):
         )
         return Images(list(made))
 
-    def _guided(self, classifier: CheckpointModel | str | os.PathLike[str]) -> CheckpointModel:
-        """This model with a classifier; the same object as long as both stay the same."""
+    def _guided(self, **guides: CheckpointModel | str | os.PathLike[str] | None) -> CheckpointModel:
+        """This model with a classifier and a CLIP; the same object as long as all stay the same."""
+        if not any(guide is not None for guide in guides.values()):
+            return self
         state = (
-            id(classifier) if isinstance(classifier, CheckpointModel) else os.fspath(classifier),
+            *(
+                id(guide) if isinstance(guide, CheckpointModel | None) else os.fspath(guide)
+                for guide in guides.values()
+            ),
             *(id(getattr(self, field.name)) for field in fields(self)),
         )
         kept: tuple[object, CheckpointModel, object] | None = vars(self).get("_guided_model")
         if kept is None or kept[0] != state:
-            other = classifier
-            if not isinstance(other, CheckpointModel):
-                device = next(iter(self.modules.values())).parameters()
-                other = open_classifier(other, self, next(device).device)
-            kept = vars(self)["_guided_model"] = (state, with_classifier(self, other), classifier)
+            device = next(next(iter(self.modules.values())).parameters()).device
+            model: CheckpointModel = self
+            if (other := guides["classifier"]) is not None:
+                if not isinstance(other, CheckpointModel):
+                    other = open_classifier(other, self, device)
+                model = with_classifier(model, other)
+            if (other := guides["clip"]) is not None:
+                if not isinstance(other, CheckpointModel):
+                    other = open_clip(other, self, device)
+                model = with_clip(model, other)
+            kept = vars(self)["_guided_model"] = (state, model, guides)
         return kept[1]
 
     def to(self, device: torch.device | str) -> Model:

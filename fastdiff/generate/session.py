@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fastdiff.checkpoint.model import Model
-from fastdiff.diffusion.gradients import Pull
+from fastdiff.diffusion.gradients import Pull, Similarity
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.schedules import NoiseSchedule, noise_schedule
 from fastdiff.generate.conditions import Conditions, Kept, Made
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
     CHECKPOINT,
+    ClassJob,
     DEFAULT_SAMPLER,
     Fit,
     ImageToImageJob,
@@ -36,17 +37,19 @@ from fastdiff.generate.pictures import fitted, picture_key, read_picture
 from fastdiff.generate.unclip import UnCLIPConditions
 from fastdiff.kernels import INITIAL_NOISE, int64_bits, philox_normal
 from fastdiff.models.classifier import Classifier
+from fastdiff.models.contrastive import NoisedCLIP
 from fastdiff.models.controlnet import with_controlnets
 from fastdiff.models.network import Network
+from fastdiff.models.prompts import read_prompt
 from fastdiff.runtime.conditions import Control
 from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import Engines
 
-TABLES, PICTURES = 64, 8
+TABLES, PICTURES, CAPTIONS = 64, 8, 256
 """Number of entries kept in each cache; the least recently used are dropped."""
 NOT_OF_A_TABLE = (
-    *("batch", "tile", "classifier_scale", "classifier_class"),
+    *("batch", "tile", "classifier_scale", "classifier_class", "clip_scale"),
     *("cache", "cache_branch", "cache_center", "cache_power", "upsampler_steps"),
 )
 """Settings that tables do not depend on."""
@@ -86,6 +89,13 @@ class Session:
         """The classifier, prepared for inference in place, at least in fp32."""
         assert self.model.classifier is not None
         return prepare(self.model.classifier, device=self.device, dtype=self.sample_dtype)
+
+    @cached_property
+    def clip(self) -> NoisedCLIP:
+        """The noised CLIP, prepared for inference in place, at least in fp32."""
+        assert self.model.clip is not None
+        prepare(self.model.clip.model, device=self.device, dtype=self.sample_dtype)
+        return self.model.clip
 
     @cached_property
     def network(self) -> Network:
@@ -286,7 +296,7 @@ class Session:
         x: (C, h, w), at the noise level of the table's first row. size: (height, width) of the
         image. seed: seed of the noise, if not that of the job.
         """
-        more["pulls"] = self.pulls(job, x)
+        more["pulls"] = (*self.pulls(job, x), *self.clip_pulls(job))
         more["controls"] = self.controls(job, *size)
         guided = any(table.guided)
         condition, unconditional = self.conditions.of(job, size, guided=guided)
@@ -330,6 +340,38 @@ class Session:
             scale = share * settings.classifier_scale
             pulls.append(Pull(objective=self.classifier.log_prob, scale=scale, label=label))
         return tuple(pulls)
+
+    def clip_pulls(self, job: Job) -> tuple[Pull, ...]:
+        """What the model's noised CLIP adds to a checked job's guidance.
+
+        Between two prompts, each pulls by its share. Weights and breaks of a prompt are left out.
+        """
+        scale = job.settings.clip_scale
+        if self.model.clip is None or not scale or isinstance(job, ClassJob) or job.prompt is None:
+            return ()
+        shares = {job.prompt: 1.0}
+        if isinstance(job, InterpolationJob) and job.to_prompt is not None:
+            shares = {job.prompt: 1 - job.at}
+            shares[job.to_prompt] = shares.get(job.to_prompt, 0.0) + job.at
+        parts = {prompt: read_prompt(prompt, emphasis=job.text.emphasis) for prompt in shares}
+        return tuple(
+            Pull(
+                objective=self._similarity(
+                    " ".join("".join(piece.text for piece in part) for part in parts[prompt])
+                ),
+                scale=share * scale,
+            )
+            for prompt, share in shares.items()
+            if share
+        )
+
+    def _similarity(self, caption: str) -> Similarity:
+        """The objective of a caption, which jobs with the same caption share."""
+
+        def embed() -> Similarity:
+            return Similarity(self.clip.model.embed_images, self.clip.caption(caption))
+
+        return self._once("captions", CAPTIONS, caption, embed)
 
     def _once(self, kind: str, count: int, key: Hashable, make: Callable[[], Made]) -> Made:
         return self._kept.setdefault(kind, Kept(count)).once(key, make)

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from fastdiff.configs import LATER
 from fastdiff.models.layers import Downsample, GroupNorm, ResBlock, timestep_embedding
-from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
+from fastdiff.models.text_transformer import (
+    TextTransformer,
+    TextTransformerConfig,
+    padded_ids,
+)
+from fastdiff.models.tokenizer import Tokenizer
 from fastdiff.models.unet import embedder
 
 EPS = 1e-5
@@ -132,6 +137,24 @@ class Contrastive(nn.Module):
         return contrastive_loss(
             self.embed_images(images, t), self.embed_text(ids), self.scale, same=same
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NoisedCLIP:
+    """A contrastive net of noised pictures with its tokenizer: it guides samples to captions."""
+
+    model: Contrastive
+    """The net, with `noised`."""
+    tokenizer: Tokenizer
+    """That of its text tower."""
+
+    @torch.inference_mode(False)  # or autograd could not save it
+    @torch.no_grad()
+    def caption(self, text: str) -> Tensor:
+        """The embedding of a caption times the inverse temperature: (dim,)."""
+        length = self.model.config.text.max_position_embeddings
+        ids = padded_ids(self.tokenizer, [text], length).to(self.model.log_scale.device)
+        return self.model.scale * self.model.embed_text(ids)[0]
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ last token: small denoisers learn from it what a text is about much sooner than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fastdiff.configs import LATER
 from fastdiff.kernels import layer_norm
 from fastdiff.models.layers import FeedForward, SelfAttention
+from fastdiff.models.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,17 @@ class TextTransformer(nn.Module):
         """The mean of the tokens that are no padding: (N, T, D), ids (N, T) -> (N, D)."""
         words = (ids != self.config.pad_token_id)[..., None].to(tokens)
         return (tokens * words).sum(1) / words.sum(1).clamp(min=1)
+
+
+def padded_ids(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tensor:
+    """Token ids of texts with start and end, cut or padded: (N, length) int64."""
+    rows = torch.full((len(texts), length), tokenizer.pad_token_id)
+    for row, text in zip(rows, texts, strict=True):
+        words = tokenizer(text, add_special_tokens=False)["input_ids"][: length - 2]
+        row[: len(words) + 2] = row.new_tensor(
+            [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+        )
+    return rows
 
 
 class FusedLayerNorm(nn.LayerNorm):

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from fastdiff.models.network import Network
 from fastdiff.models.text import TextEncoder
-from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
+from fastdiff.models.text_transformer import (
+    TextTransformer,
+    TextTransformerConfig,
+    padded_ids,
+)
 from fastdiff.models.tokenizer import Tokenizer
 from fastdiff.runtime.conditions import Condition
 
@@ -115,14 +119,7 @@ class Captions:
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids of texts, cut or padded: (N, tokens) int64."""
-        tokenizer, length = self.tokenizer, self.config.tokens
-        rows = torch.full((len(texts), length), tokenizer.pad_token_id)
-        for row, text in zip(rows, texts, strict=True):
-            words = tokenizer(text, add_special_tokens=False)["input_ids"][: length - 2]
-            row[: len(words) + 2] = row.new_tensor(
-                [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
-            )
-        return rows
+        return padded_ids(self.tokenizer, texts, self.config.tokens)
 
     def drawn(self, indices: Tensor, uniform: Tensor, dropped: Tensor) -> Tensor:
         """Ids of one caption of each image: (N, tokens) int64.

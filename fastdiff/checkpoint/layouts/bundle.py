@@ -5,6 +5,8 @@
     KIND.safetensors              the denoiser, "unet" for a U-Net; absent for an autoencoder only
     class_embedding.safetensors   classes as context tokens, for denoisers that read them so
     classifier.safetensors        a noisy classifier, which guides a denoiser
+    clip.safetensors              a contrastive net of noised pictures, which guides to captions
+    clip_tokenizer.json           its merges
     text_encoder.safetensors      a text transformer that was trained with the denoiser
     tokenizer.json                its merges
 
@@ -47,6 +49,7 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.files import NO_SPACE, atomic_folder, write_json, write_text
 from fastdiff.models.autoencoder import AutoencoderConfig
 from fastdiff.models.classifier import ClassifierConfig
+from fastdiff.models.contrastive import ContrastiveConfig, NoisedCLIP
 from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
@@ -57,8 +60,10 @@ NAME = "bundle"
 UNET = "unet"  # the kind of denoiser if config.json does not name one
 CLASS_EMBEDDING = "class_embedding"
 CLASSIFIER = "classifier"
+CLIP = "clip"
 TEXT_ENCODER = "text_encoder"
 TOKENIZER_FILE = "tokenizer.json"
+CLIP_TOKENIZER_FILE = "clip_tokenizer.json"
 FORMAT = "fastdiff bundle 1"
 MAX_IMAGE_SIZE = 2**16
 WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F16", "BF16", "F32", "F64")}
@@ -85,6 +90,7 @@ class Stored:
     class_embedding: tuple[int, int] | None = None
     """Classes and width of a table of context tokens, which is stored in a separate file."""
     classifier: ClassifierConfig | None = None
+    clip: ContrastiveConfig | None = None
     text_encoder: TextTransformerConfig | None = None
     sampler: SamplerSettings | None = None
 
@@ -107,9 +113,12 @@ class Stored:
             raise ValueError(
                 f"the autoencoder has {first} image channels, got image_channels {channels}"
             )
-        if self.autoencoder is None and denoiser is None and self.classifier is None:
-            raise ValueError(f"expected an autoencoder, a {self.kind} or a classifier, got neither")
+        if not any((self.autoencoder, denoiser, self.classifier, self.clip)):
+            raise ValueError(
+                f"expected an autoencoder, a {self.kind}, a classifier or a clip, got neither"
+            )
         noisy = self.kind if denoiser is not None else self.classifier and CLASSIFIER
+        noisy = noisy or (self.clip and CLIP)
         if noisy and self.schedule is None:
             raise ValueError(f"a {noisy} needs the schedule it was trained with, got None")
         if self.prediction not in get_args(Prediction):
@@ -178,10 +187,9 @@ def save_bundle(
             weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
             if progress is not None:
                 progress(name, weights[path.name]["bytes"])
-        if (encoder := _own_encoder(model)) is not None:
-            path = temporary / TOKENIZER_FILE
-            assert isinstance(encoder.tokenizer, Tokenizer)
-            write_text(path, json.dumps({"merges": encoder.tokenizer.merges}) + "\n")
+        for name, tokenizer in _tokenizers(model).items():
+            path = temporary / name
+            write_text(path, json.dumps({"merges": tokenizer.merges}) + "\n")
             weights[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         write_json(
             temporary / CONFIG_FILE,
@@ -204,11 +212,24 @@ def _parts(model: Model) -> dict[str, tuple[nn.Module, Any]]:
         parts[kind_of(model.denoiser.config)] = (model.denoiser, model.denoiser.config)
     if model.classifier is not None:
         parts[CLASSIFIER] = (model.classifier, model.classifier.config)
+    if model.clip is not None:
+        parts[CLIP] = (model.clip.model, model.clip.model.config)
     if (table := model.class_embedding) is not None:
         parts[CLASS_EMBEDDING] = (table, (table.num_embeddings, table.embedding_dim))
     if (encoder := _own_encoder(model)) is not None:
         parts[TEXT_ENCODER] = (encoder.model, encoder.model.config)
     return parts
+
+
+def _tokenizers(model: Model) -> dict[str, Tokenizer]:
+    """File -> tokenizer for each part that reads text."""
+    found: dict[str, Tokenizer] = {}
+    if (encoder := _own_encoder(model)) is not None:
+        assert isinstance(encoder.tokenizer, Tokenizer)
+        found[TOKENIZER_FILE] = encoder.tokenizer
+    if model.clip is not None:
+        found[CLIP_TOKENIZER_FILE] = model.clip.tokenizer
+    return found
 
 
 def _text_config(model: Model) -> TextTransformerConfig | None:
@@ -268,12 +289,13 @@ def _stored(model: Model) -> dict[str, Any]:
         class_embedding=None if table is None else (table.num_embeddings, table.embedding_dim),
         sampler=model.sampler,
         classifier=None if model.classifier is None else model.classifier.config,
+        clip=None if model.clip is None else model.clip.model.config,
         text_encoder=_text_config(model),
         **{kind: None if denoiser is None else denoiser.config},
     )
     data = to_dict(stored)
     optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
-    optional |= {TEXT_ENCODER: None, "guidance_scale": None}
+    optional |= {CLIP: None, TEXT_ENCODER: None, "guidance_scale": None}
     for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
@@ -319,6 +341,7 @@ def load_bundle(
         stored.kind: stored.denoiser,
         CLASS_EMBEDDING: stored.class_embedding,
         CLASSIFIER: stored.classifier,
+        CLIP: stored.clip,
         TEXT_ENCODER: stored.text_encoder if text_encoders else None,
     }
     for name, config in configs.items():
@@ -332,12 +355,18 @@ def load_bundle(
         tokenizer = _read_tokenizer(path, _stated_sha256(data, path), transformer.config)
         pooled = transformer.config.pooled
         encoders = (TextEncoder(model=transformer, tokenizer=tokenizer, pooled=pooled),)
+    clip = None
+    if (net := modules.get(CLIP)) is not None:
+        path = folder / CLIP_TOKENIZER_FILE
+        tokenizer = _read_tokenizer(path, _stated_sha256(data, path), net.config.text)
+        clip = NoisedCLIP(model=net, tokenizer=tokenizer)
     return Model(
         layout=NAME,
         denoiser=modules.get(stored.kind),
         autoencoder=modules.get("autoencoder"),
         class_embedding=modules.get(CLASS_EMBEDDING),
         classifier=modules.get(CLASSIFIER),
+        clip=clip,
         text_encoders=encoders,
         schedule=stored.schedule,
         prediction=stored.prediction,
@@ -448,7 +477,9 @@ def _load_module(
 ) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; download the bundle again")
-    weights = read_safetensors(path, WEIGHT_DTYPES)
+    # Contrastive nets count the batches of their batch norms.
+    counts = {"I64": DTYPES["I64"]} if isinstance(config, ContrastiveConfig) else {}
+    weights = read_safetensors(path, {**WEIGHT_DTYPES, **counts})
     module = _check_names_and_shapes(str(path), weights.shapes, config)
     if torch.device(device).type != "meta":
         _check_sha256(path, sha256)
@@ -538,6 +569,7 @@ def _open(source: Source, loading: Loading) -> Model:
     allowed = (
         "vae",
         "classifier",
+        "clip",
         "tokenizer",
         "lora",
         "embedding",

@@ -102,6 +102,8 @@ def _denoiser(model: Model) -> UNet | DiT | None:
     Raises:
         ValueError: diffusers has no such denoiser.
     """
+    if model.clip is not None:
+        raise ValueError("a diffusers folder cannot contain a noised CLIP; save a bundle instead")
     if model.classifier is not None:
         raise ValueError(
             "a diffusers folder cannot contain a noisy classifier; save a bundle instead"
