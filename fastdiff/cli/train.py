@@ -14,16 +14,17 @@ from fastdiff.cli.parsing import OptionalName, OptionalPath, UsageError, one_of,
 from fastdiff.files import one_line_errors
 
 if TYPE_CHECKING:
-    from fastdiff.training import AutoencoderRun, ClassifierRun, DiffusionRun
+    from fastdiff.training import AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 
-RunT = TypeVar("RunT", "AutoencoderRun", "ClassifierRun", "DiffusionRun[Any]")
+RunT = TypeVar("RunT", "AutoencoderRun", "ClassifierRun", "ClipRun", "DiffusionRun[Any]")
 STAGES = {
     "autoencoder": "the first stage: images to latents and back",
     "diffusion": "the second stage: a denoiser on the latents, or on pixels",
     "classifier": "a classifier of noisy samples, which guides a denoiser",
+    "clip": "a noised CLIP, which guides a denoiser that reads text to captions",
 }
 HELP = """\
-Train an autoencoder, a denoiser on its latents, or a classifier that guides it.
+Train an autoencoder, a denoiser on its latents, or a classifier or CLIP that guides it.
 
 usage: fastdiff train STAGE [OPTIONS]
        fastdiff train STAGE --help
@@ -59,6 +60,10 @@ EXAMPLES = {
   fastdiff train classifier
   fastdiff train classifier --guides digits --output.folder runs/guide --dry-run
   fastdiff train classifier --resume""",
+    "clip": """\
+  fastdiff train clip
+  fastdiff train clip --guides runs/scenes-text --output.folder runs/guide --dry-run
+  fastdiff train clip --resume""",
 }
 
 
@@ -80,10 +85,10 @@ class Train(Generic[RunT]):
 
 def run_class(stage: str) -> Any:
     """The config of a stage's runs."""
-    from fastdiff.training import AutoencoderRun, ClassifierRun, DiffusionRun
+    from fastdiff.training import AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun
 
     kinds = {"autoencoder": AutoencoderRun, "diffusion": DiffusionRun, "classifier": ClassifierRun}
-    return kinds[stage]
+    return {**kinds, "clip": ClipRun}[stage]
 
 
 def main(words: Sequence[str]) -> int:
@@ -93,7 +98,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not words:
         raise UsageError(
-            "missing: autoencoder, diffusion or classifier, and options (see fastdiff train --help)"
+            "missing: autoencoder, diffusion, classifier or clip, and options (see fastdiff train "
+            "--help)"
         )
     stage, *rest = words
     one_of(stage, STAGES, "stage")
@@ -120,9 +126,11 @@ def run(options: Train[Any]) -> int:
     from fastdiff.training import (
         AutoencoderRun,
         ClassifierRun,
+        ClipRun,
         describe,
         train_autoencoder,
         train_classifier,
+        train_clip,
         train_diffusion,
     )
 
@@ -132,6 +140,8 @@ def run(options: Train[Any]) -> int:
         train_autoencoder(options.run, resume=options.resume)
     elif isinstance(options.run, ClassifierRun):
         train_classifier(options.run, resume=options.resume)
+    elif isinstance(options.run, ClipRun):
+        train_clip(options.run, resume=options.resume)
     else:
         train_diffusion(options.run, resume=options.resume)
     return 0
@@ -158,12 +168,16 @@ def _start(kind: type[Any], presets: Mapping[str, Any], words: Sequence[str]) ->
         if (folder / "config.json").is_file():
             return _read(kind, folder)
     if (guided := option_value(words, "--guides")) is not None:
+        from fastdiff.training import ClipRun
         from fastdiff.training.classifier import for_guided
+        from fastdiff.training.clip import for_guided_clip
 
-        default = for_guided(default, guided)
+        adapted: Any = for_guided_clip if kind is ClipRun else for_guided
+        default = adapted(default, guided)
     if preset is not None:
         return default
-    if (place := option_value(words, "--init-from")) is not None:
+    place = option_value(words, "--init-from")
+    if place is not None and hasattr(default, "init_from"):
         default = _like_model(default, place)
     return _for_data(default, words)
 

@@ -20,8 +20,8 @@ from fastdiff.generate.conditions import Conditions, Kept, Made
 from fastdiff.generate.facts import Facts
 from fastdiff.generate.job import (
     CHECKPOINT,
-    ClassJob,
     DEFAULT_SAMPLER,
+    ClassJob,
     Fit,
     ImageToImageJob,
     InpaintJob,

@@ -10,6 +10,7 @@ from fastdiff.training.autoencoder import (
     train_autoencoder,
 )
 from fastdiff.training.classifier import ClassifierRun, train_classifier
+from fastdiff.training.clip import ClipConfig, ClipRun, train_clip
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.derive import for_data
 from fastdiff.training.describe import describe
@@ -27,6 +28,8 @@ __all__ = [
     "AutoencoderLossConfig",
     "AutoencoderRun",
     "ClassifierRun",
+    "ClipConfig",
+    "ClipRun",
     "DenoiserLossConfig",
     "DiffusionRun",
     "OptimizationConfig",
@@ -41,5 +44,6 @@ __all__ = [
     "learning_rate",
     "train_autoencoder",
     "train_classifier",
+    "train_clip",
     "train_diffusion",
 ]

@@ -163,6 +163,21 @@ def train_classifier(run: ClassifierRun, *, resume: bool = False) -> Path:
     return train(task, run, resume=resume)
 
 
+def spread_timesteps(
+    schedule: ScheduleConfig, optimization: OptimizationConfig, seed: int, step: int
+) -> Tensor:
+    """Timesteps of a batch (N,), those of each accumulated part spread evenly (Kingma et al. 2021,
+    appendix I.1)."""
+    spread = Objective(
+        config=DenoiserLossConfig(timesteps="stratified"),
+        schedule=noise_schedule(replace(schedule, shift=1.0)),
+        prediction="eps",
+    )
+    source, parts = generator(seed, "timesteps", step), optimization.accumulate
+    size = optimization.batch_size // parts
+    return torch.cat([spread.timesteps(size, source) for _ in range(parts)])
+
+
 class ClassifierTask:
     """A noisy classifier and its training data (a `trainer.Task`)."""
 
@@ -234,23 +249,13 @@ class ClassifierTask:
         return training_bytes(run.model, run.optimization, run.data, forward, device=self.device)
 
     def batch(self, step: int, rows: Tensor | None = None) -> Batch:
-        """The batch of a step: x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,).
-
-        The timesteps of each accumulated part are spread evenly (Kingma et al. 2021, appendix I.1).
-        """
+        """The batch of a step: x0 (N, C, h, w), scaled; noise like it; t (N,); y (N,)."""
         run = self.run
         x0, labels = self.latents.batch(step, rows)
         size = run.optimization.batch_size
         source = generator(run.seed, "noise", step, device=self.device)
         noise = drawn(x0.shape, size, source, rows)
-        spread = Objective(
-            config=DenoiserLossConfig(timesteps="stratified"),
-            schedule=noise_schedule(replace(run.schedule, shift=1.0)),
-            prediction="eps",
-        )
-        source = generator(run.seed, "timesteps", step)
-        parts = run.optimization.accumulate
-        t = torch.cat([spread.timesteps(size // parts, source) for _ in range(parts)])
+        t = spread_timesteps(run.schedule, run.optimization, run.seed, step)
         t = t if rows is None else t[rows]
         return {"x0": x0, "noise": noise, "t": t.to(self.device), "y": labels}
 

@@ -35,7 +35,7 @@ from fastdiff.training.precision import check_precision, resolve_device
 from fastdiff.training.provenance import EXPORT_DTYPES, provenance
 from fastdiff.training.ranks import data_parallel, ranks
 from fastdiff.training.start import origin
-from fastdiff.training.text import Captions, TextConfig
+from fastdiff.training.text import Captions, TextConfig, architecture
 from fastdiff.training.trainer import PREVIEW_CELL, Batch, train
 
 NAME = "clip"
@@ -133,7 +133,7 @@ class ClipRun:
             ValueError: widths and groups, or width and heads, do not fit together.
         """
         text, model = self.text, self.model
-        tower = text.transformer(vocabulary, model.text_width)
+        tower = architecture(text, vocabulary, model.text_width, pooled=False)
         return ContrastiveConfig(
             text=tower,
             widths=model.widths,

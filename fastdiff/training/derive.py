@@ -11,9 +11,10 @@ from fastdiff.data import AugmentConfig, DataConfig, describe_folder
 from fastdiff.files import one_line_errors
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
+from fastdiff.training.clip import ClipRun
 from fastdiff.training.diffusion import DiffusionRun
 
-RunT = TypeVar("RunT", AutoencoderRun, ClassifierRun, DiffusionRun[Any])
+RunT = TypeVar("RunT", AutoencoderRun, ClassifierRun, ClipRun, DiffusionRun[Any])
 PHOTOGRAPHS = AugmentConfig(flip=True, fill="reflection")
 """A mirrored photograph still looks real; a rotated or sheared one does not."""
 
@@ -30,6 +31,8 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
     Raises:
         FileNotFoundError, ValueError: as for `fastdiff.data.open_dataset` and `load_bundle`.
     """
+    if isinstance(run, ClipRun):  # says that it needs captions
+        return replace(run, data=data)
     channels, classes = run.data.channels, 0
     if data.source == "folder":
         channels, classes = describe_folder(Path(data.path))

@@ -8,19 +8,22 @@ from typing import Any
 import torch
 
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.contrastive import Contrastive
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.models.network import network_family
 from fastdiff.models.text_transformer import TextTransformer
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
+from fastdiff.training.clip import ClipRun
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.text import architecture
 
 
-def describe(run: AutoencoderRun | ClassifierRun | DiffusionRun[Any]) -> str:
+def describe(run: AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun[Any]) -> str:
     """Text for `--dry-run`: the full config as JSON, parameter counts and number of images.
 
-    No file is read or written, and no weights are allocated.
+    No file is read or written, and no weights are allocated. A CLIP is described with its largest
+    vocabulary and the channels of pixels.
     """
     config = run.optimization
     lines = [json.dumps(run.to_json(), indent=2), ""]
@@ -30,6 +33,10 @@ def describe(run: AutoencoderRun | ClassifierRun | DiffusionRun[Any]) -> str:
             networks = {"autoencoder": Autoencoder(run.model)}
             if run.loss.adversarial_weight:
                 networks["discriminator"] = PatchDiscriminator(run.discriminator)
+        elif isinstance(run, ClipRun):
+            channels, vocabulary = run.data.channels, run.text.vocabulary
+            config_of = run.network(channels=channels, vocabulary=vocabulary)
+            networks = {f"{run.kind}, at most": Contrastive(config_of)}
         else:
             networks = {run.kind: network_family(run.kind).network(run.model)}
         if isinstance(run, DiffusionRun) and run.text.layers:

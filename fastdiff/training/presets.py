@@ -11,6 +11,7 @@ from fastdiff.models.discriminator import DiscriminatorConfig
 from fastdiff.models.presets import AUTOENCODERS, CLASSIFIERS, DITS, UNETS, UVITS
 from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
+from fastdiff.training.clip import ClipConfig, ClipRun
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
@@ -134,7 +135,7 @@ def _text_to_image(
 # Drawings are moved and scaled a little, on white; not mirrored, because of clocks and words.
 _DRAWINGS = AugmentConfig(shift=2, scale=0.06, rotation=4, probability=0.8, fill="border")
 
-TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] = {
+TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun[Any]] = {
     "digits-autoencoder": AutoencoderRun(
         model=AUTOENCODERS["digits"],
         data=DataConfig(augment=_WIDE),
@@ -264,6 +265,28 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
         steps=12000,
         text=TextConfig(layers=2, heads=4, tokens=24, vocabulary=512),
         latent_views=1,
+    ),
+    "scenes-clip": ClipRun(  # Nichol et al. 2022, section 2.3
+        model=ClipConfig(),
+        text=TextConfig(layers=2, heads=4, tokens=24, vocabulary=512),
+        guides="runs/scenes-text",
+        data=_captioned("scenes", 32),
+        schedule=ScheduleConfig(kind="cosine"),
+        latent_views=1,
+        optimization=OptimizationConfig(
+            steps=2000,
+            batch_size=64,
+            learning_rate=1e-3,
+            final_learning_rate=1e-5,
+            weight_decay=0.05,
+            warmup_steps=100,
+            decay="cosine",
+            clip_norm=1.0,
+            ema_decay=0.995,
+        ),
+        output=OutputConfig(
+            folder="runs/scenes-clip", preview_every=500, save_every=500, export_dtype="fp32"
+        ),
     ),
     "tiny-classifier": ClassifierRun(
         model=replace(CLASSIFIERS["tiny"], dropout=0.1),

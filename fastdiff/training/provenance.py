@@ -27,7 +27,8 @@ def provenance(run: Run, step: int, origin: dict[str, str] | None = None) -> dic
         if config.get(name) and not isinstance(config[name], dict):
             config[name] = Path(config[name]).name
     config["data"]["path"] = Path(run.data.path).name
-    config["init_from"] = Path(config["init_from"]).name
+    if "init_from" in config:
+        config["init_from"] = Path(config["init_from"]).name
     return {
         "command": shlex.join([program(), *sys.argv[1:]]),
         "fastdiff": fastdiff.__version__,

@@ -506,7 +506,7 @@ def test_bad_pulls_are_refused(change: dict[str, Any], message: str) -> None:
         Pull(**{"objective": log_prob, "scale": 1.0, **change})
 
 
-# --- CLIP guidance (Nichol et al. 2022, section 2.3) ----------------------------------------------
+# --- CLIP guidance (Nichol et al. 2022, section 2.3) --------------------------------------------
 
 CLIP_SCALES = [0.0, 2.0, 0.7, -1.0]
 

@@ -117,9 +117,9 @@ class Stored:
             raise ValueError(
                 f"expected an autoencoder, a {self.kind}, a classifier or a clip, got neither"
             )
-        noisy = self.kind if denoiser is not None else self.classifier and CLASSIFIER
-        noisy = noisy or (self.clip and CLIP)
-        if noisy and self.schedule is None:
+        parts = {self.kind: denoiser, CLASSIFIER: self.classifier, CLIP: self.clip}
+        noisy = next((name for name, part in parts.items() if part is not None), None)
+        if noisy is not None and self.schedule is None:
             raise ValueError(f"a {noisy} needs the schedule it was trained with, got None")
         if self.prediction not in get_args(Prediction):
             raise ValueError(
