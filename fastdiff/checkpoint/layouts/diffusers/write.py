@@ -50,6 +50,11 @@ def save_diffusers(
         OSError: the folder cannot be written.
     """
     check_one_stage(model)
+    if model.extra == "sketch":
+        raise ValueError(
+            f"{model.name} reads a sketch behind x, which no pipeline of diffusers does; save it "
+            "as a bundle"
+        )
     parts: dict[str, tuple[UNet | DiT | Autoencoder, dict[str, Any]]] = {}
     denoiser = _denoiser(model)
     if isinstance(denoiser, DiT):
