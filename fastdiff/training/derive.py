@@ -83,7 +83,8 @@ def _concatenated(run: DiffusionRun[Any], channels: int, data: DataConfig, facto
 
 
 def _taking(model: Any, channels: int, side: int, more: int) -> Any:
-    """Change a denoiser's config to samples of (channels, side, side), and `more` input channels."""
+    """Change a denoiser's config to samples of (channels, side, side), with `more` channels behind
+    x."""
     out = channels * (2 if model.learned_sigma else 1)
     if hasattr(model, "sample_size"):
         model = replace(model, sample_size=side)

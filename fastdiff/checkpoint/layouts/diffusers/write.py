@@ -50,11 +50,6 @@ def save_diffusers(
         OSError: the folder cannot be written.
     """
     check_one_stage(model)
-    if model.extra == "sketch":
-        raise ValueError(
-            f"{model.name} reads a sketch behind x, which no pipeline of diffusers does; save it "
-            "as a bundle"
-        )
     parts: dict[str, tuple[UNet | DiT | Autoencoder, dict[str, Any]]] = {}
     denoiser = _denoiser(model)
     if isinstance(denoiser, DiT):
@@ -115,6 +110,12 @@ def _denoiser(model: Model) -> UNet | DiT | None:
         raise ValueError(
             "fastdiff writes no ControlNets into diffusers folders; save the model without "
             "controlnet, and give it when the folder is loaded"
+        )
+    channels = None if model.denoiser is None else model.denoiser.config.in_channels
+    if model.extra not in (None, "none") and (model.extra, channels) != ("inpainting", 9):
+        raise ValueError(
+            f"{model.name} reads {model.extra} channels behind x, for which diffusers has no "
+            f"pipeline with {channels} input channels; save it as a bundle"
         )
     if "class_embed_type" in model.provenance:
         raise ValueError(
