@@ -467,11 +467,13 @@ def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -
 
 def _extra(model: Model, reads: int, channels: int, image_channels: int, factor: int) -> Extra:
     """What the channels behind x are: what the files say, else what their number tells."""
+    stated = model.extra
+    if stated is None and reads == channels:
+        return "none"
     numbers: dict[Extra, int] = {
         kind: extra_channels(kind, channels=channels, image_channels=image_channels, factor=factor)
         for kind in get_args(Extra)
     }
-    stated = model.extra
     if stated is not None and reads - channels != numbers[stated]:
         raise ValueError(
             f"the denoiser of {model.path} reads {reads} channels, expected "
