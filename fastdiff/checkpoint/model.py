@@ -23,7 +23,19 @@ from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
 from fastdiff.models.unclip import CLIPImageEncoder, ImageNoise, ImageProjection
-from fastdiff.names import Prediction
+from fastdiff.names import Extra, Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureNoise:
+    """The noise of the low-resolution picture that an upsampler reads, whose level is the
+    denoiser's class label (Stable Diffusion's x4-upscaler)."""
+
+    schedule: ScheduleConfig
+    """The noise levels."""
+    most: int
+    """The highest level that the denoiser was trained with."""
+
 
 CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
 RUN_MODEL = "model"  # the bundle inside a training run's folder
@@ -68,6 +80,9 @@ class Model:
     2.1 unCLIP)."""
     image_noise_schedule: ScheduleConfig | None = None
     """The noise levels of `image_noise`."""
+    picture_noise: PictureNoise | None = None
+    """The noise of the low-resolution picture that the denoiser reads; None: it reads it clean.
+    """
     upsamplers: tuple[Model, ...] = ()
     """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
     steps, or all but the last if a second one takes that (karlo)."""
@@ -78,6 +93,9 @@ class Model:
     state it."""
     prediction: Prediction = "eps"
     """What the denoiser returns."""
+    extra: Extra | None = None
+    """What the denoiser reads in the channels behind x; None: its number of channels decides, see
+    `fastdiff.generate.facts`."""
     sampler: SamplerSettings | None = None
     """The sampler in the files, `sampler.arguments(schedule, steps)` for `build_table`; None if
     they do not name one, or if fastdiff does not support it, as provenance["no_sampler"] then
@@ -159,6 +177,8 @@ class Model:
             if self.schedule is not None:
                 schedule = f"{self.schedule.kind} schedule of {self.schedule.num_timesteps} steps"
             pairs.append(("predicts", f"{self.prediction}, {schedule}"))
+            if self.extra is not None:
+                pairs.append(("reads", f"channels behind x: {self.extra}"))
             config = denoiser.config
             table = self.class_embedding
             classes = config.num_classes if table is None else table.num_embeddings
@@ -241,6 +261,11 @@ def check_one_stage(model: Model) -> None:
             f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
             "copy the folder that it was read from"
         )
+    if model.picture_noise is not None:
+        raise ValueError(
+            f"{model.name} reads a noised picture, whose noise levels fastdiff cannot write; copy "
+            "the folder that it was read from"
+        )
 
 
 def _encoder_facts(encoder: AnyEncoder) -> list[Any]:
@@ -271,6 +296,8 @@ def _hash(model: Model) -> str:
             for encoder in model.text_encoders
         ],
     }
+    if model.extra is not None:
+        facts["extra"] = model.extra
     if model.classifier is not None:
         facts["classifier"] = to_dict(model.classifier.config)
     if model.clip is not None:
@@ -281,6 +308,8 @@ def _hash(model: Model) -> str:
         facts["image encoder"] = model.image_encoder.facts
     if model.image_noise_schedule is not None:
         facts["image noise"] = to_dict(model.image_noise_schedule)
+    if model.picture_noise is not None:
+        facts["picture noise"] = to_dict(model.picture_noise)
     if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
         facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":

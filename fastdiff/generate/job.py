@@ -225,7 +225,7 @@ class TextSettings:
     (Ramesh et al. 2022, section 2.2); None: 2."""
     image_noise: int | None = field(default=None, metadata=LATER)
     """Stable Diffusion unCLIP: noise level of the picture's embedding, from 0, the closest to the
-    picture, to 999; None: 0."""
+    picture, to 999; None: 0. x4-upscaler: noise level of the picture, 0 to 350; None: 20."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -312,12 +312,12 @@ PLAIN, PLAIN_TEXT, PLAIN_CONTROL = SampleSettings(), TextSettings(), ControlSett
 
 @dataclass(frozen=True, kw_only=True)
 class ClassJob:
-    """An image of a class or without class; with an upsampler, from a small image."""
+    """An image of a class or without class; with an upsampler, from a small image; or a sketch."""
 
     label: int | str | None = None
     """The class by number or name; None: no class."""
     image: Picture | None = None
-    """Only for upsamplers: the low-resolution image to enlarge."""
+    """For upsamplers, the low-resolution image to enlarge; for models of sketches, the sketch."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None
@@ -345,7 +345,7 @@ class TextJob:
     chunk."""
     image: Picture | None = None
     """For upsamplers, the low-resolution image to enlarge; for models with an image encoder
-    (unCLIP), the picture to vary."""
+    (unCLIP), the picture to vary; for models of sketches, the sketch."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.generate.job import Fit, InpaintJob, Picture
-from fastdiff.images import read_image, read_mask
+from fastdiff.images import image_size, read_image, read_mask
 
 
 def read_picture(
@@ -44,6 +44,17 @@ def read_picture(
             "fastdiff.images.read_image returns such an image"
         )
     return image
+
+
+def picture_size(picture: Picture, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) of a picture after the resizing of `images.read_image`."""
+    if isinstance(picture, Tensor):
+        return picture.shape[-2], picture.shape[-1]
+    high, wide = image_size(picture)
+    if height is None and width is None:
+        return high, wide
+    width = width or max(round(wide * (height or 1) / high), 1)
+    return height or max(round(high * width / wide), 1), width
 
 
 def picture_key(picture: Picture) -> Hashable:

@@ -11,6 +11,7 @@ from fastdiff.training.autoencoder import (
 )
 from fastdiff.training.classifier import ClassifierRun, train_classifier
 from fastdiff.training.clip import ClipConfig, ClipRun, train_clip
+from fastdiff.training.concat import ConcatConfig
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.derive import for_data
 from fastdiff.training.describe import describe
@@ -30,6 +31,7 @@ __all__ = [
     "ClassifierRun",
     "ClipConfig",
     "ClipRun",
+    "ConcatConfig",
     "DenoiserLossConfig",
     "DiffusionRun",
     "OptimizationConfig",

@@ -54,7 +54,7 @@ from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
 from fastdiff.models.tokenizer import Tokenizer
-from fastdiff.names import Prediction
+from fastdiff.names import Extra, Prediction
 
 NAME = "bundle"
 UNET = "unet"  # the kind of denoiser if config.json does not name one
@@ -93,6 +93,8 @@ class Stored:
     clip: ContrastiveConfig | None = None
     text_encoder: TextTransformerConfig | None = None
     sampler: SamplerSettings | None = None
+    extra: Extra | None = None
+    """What the denoiser reads in the channels behind x, where their number does not tell."""
 
     @property
     def denoiser(self) -> Any:
@@ -283,6 +285,7 @@ def _stored(model: Model) -> dict[str, Any]:
         kind=kind,
         schedule=model.schedule,
         prediction=model.prediction,
+        extra=model.extra,
         scale_factor=model.scale_factor,
         guidance_scale=model.guidance_scale,
         class_names=model.class_names,
@@ -295,7 +298,7 @@ def _stored(model: Model) -> dict[str, Any]:
     )
     data = to_dict(stored)
     optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
-    optional |= {CLIP: None, TEXT_ENCODER: None, "guidance_scale": None}
+    optional |= {CLIP: None, TEXT_ENCODER: None, "guidance_scale": None, "extra": None}
     for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
@@ -371,6 +374,7 @@ def load_bundle(
         schedule=stored.schedule,
         prediction=stored.prediction,
         sampler=stored.sampler,
+        extra=stored.extra,
         scale_factor=stored.scale_factor,
         guidance_scale=stored.guidance_scale,
         image_size=stored.image_size,
