@@ -43,7 +43,12 @@ from fastdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from fastdiff.models.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = [["train", "autoencoder"], ["train", "diffusion"], ["train", "classifier"]]
+STAGES = [
+    ["train", "autoencoder"],
+    ["train", "diffusion"],
+    ["train", "classifier"],
+    ["train", "clip"],
+]
 HELPS = [*([name] for name in COMMANDS), *STAGES]
 
 
@@ -239,7 +244,7 @@ MISTAKES = {
     "reconstruct --model TINY --batch 0": "batch must be at least 1",
     "evaluate --model TINY --count 10": "at least 360",
     "evaluate --model TINY --seed -1": "seeds must be",
-    "train": "missing: autoencoder, diffusion or classifier",
+    "train": "missing: autoencoder, diffusion, classifier or clip",
     "train autoencodr": "did you mean autoencoder?",
     "train diffusion --preset digits-difusion": "did you mean digits-diffusion?",
     "train diffusion --config nowhere.json": "no config at nowhere.json",

@@ -152,9 +152,9 @@ def test_a_bundle_keeps_it_and_the_command_line_uses_it(tmp_path: Path) -> None:
         found = model.generate(PROMPTS[0], **options, **more)
         assert torch.equal(found.tensor, expected.tensor)
     words = f"--model {tmp_path}/text --clip {tmp_path}/clip --clip-scale 500 --steps 3"
-    image = str(tmp_path / "image.png")
     command = ["txt2img", PROMPTS[0], *words.split(), "--sampler", "ddim", "--guidance-scale", "2"]
-    assert main([*command, "--output", image]) == 0
+    assert main([*command, "--out", str(tmp_path / "made")]) == 0
+    (image,) = [path for path in (tmp_path / "made").glob("*.png") if "sheet" not in path.name]
     recipe = read_recipe(image)
     assert recipe.load.clip == tmp_path / "clip"  # type: ignore[attr-defined]
     assert recipe.job.settings.clip_scale == 50  # type: ignore[attr-defined]

@@ -94,9 +94,8 @@ def test_it_finds_captions_where_there_is_less_noise(tmp_path: Path) -> None:
     trained = load_bundle(tmp_path / "run").clip
     assert trained is not None
     # among the captions of the twelve scenes that it was trained on; chance finds one in twelve
-    run = dataclasses.replace(run, data=dataclasses.replace(DATA, split="held-out"))
     task = ClipTask(run)
-    task.batches = ClipTask(dataclasses.replace(run, data=DATA)).batches
+    task.run = dataclasses.replace(run, data=dataclasses.replace(DATA, split="held-out"))
     by_timestep, _, held_out = task.accuracies(trained.model)
     assert not held_out
     assert by_timestep[125] > 0.6
