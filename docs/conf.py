@@ -63,7 +63,7 @@ nitpick_ignore_regex = [
     ),  # parts that are not public
     (
         "py:class",
-        r"fastdiff\.(checkpoint\.model\.Model|generate\.session\.Session|diffusion\.caching\.CacheConfig)",
+        r"fastdiff\.(checkpoint\.model\.(Model|PictureNoise)|generate\.session\.Session|diffusion\.caching\.CacheConfig)",
     ),
 ]
 

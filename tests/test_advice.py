@@ -33,6 +33,7 @@ from fastdiff.diffusion.schedules import (
 from fastdiff.files import atomic_folder
 from fastdiff.generate.job import (
     ClassJob,
+    ControlSettings,
     InterpolationJob,
     SampleSettings,
     TextJob,
@@ -417,7 +418,7 @@ ROWS: dict[str, Row] = {
     ),
     "interpolation": Row(
         lambda _: InterpolationJob(label=1),
-        "give one or more of to_seed, to_prompt and to_label",
+        "give one or more of to_seed, to_prompt, to_label and to_image",
         lambda _: [InterpolationJob(label=1, to_seed=1), InterpolationJob(label=1, to_label=2)],
     ),
     "frames": Row(
@@ -432,6 +433,24 @@ ROWS: dict[str, Row] = {
         lambda _: SampleSettings(tile=4),
         "at least 8, .* 0 decodes images whole",
         lambda _: [SampleSettings(tile=8), SampleSettings(tile=0)],
+    ),
+    "control": Row(
+        lambda _: TextJob(
+            prompt="a cat",
+            control="edges.png",
+            controls=ControlSettings(control_start=0.5, control_end=0.5),
+        ),
+        r"leave the picture out \(None\) for a ControlNet that adds nothing",
+        lambda _: TextJob(prompt="a cat", control=(None, "edges.png")),
+    ),
+    "strength of a control without a picture": Row(
+        lambda _: TextJob(prompt="a cat", controls=ControlSettings(control_scale=0.5)),
+        "need a picture; give control",
+        lambda _: TextJob(
+            prompt="a cat",
+            control="edges.png",
+            controls=ControlSettings(control_scale=0.5),
+        ),
     ),
     "strength of upscaling": Row(
         lambda _: TextJob(prompt="a cat", upscale=0.5),

@@ -160,7 +160,7 @@ MASKS: dict[str, tuple[Any, Tensor]] = {
 }
 FAULTS: dict[str, tuple[Any, str]] = {
     "all zeros": (torch.zeros(2, 2), "the mask is all zeros, expected 1 .* invert it"),
-    "too faint": (CORNER * 0.25, "no value above 0.5, got at most 0.25"),
+    "too faint": (CORNER * 0.25, "no value of 0.5 or more, got at most 0.25"),
     "bytes": (CORNER.byte() * 255, r"must lie in \[0, 1\], got 0 to 255; .*read_mask"),
     "an image's range": (CORNER * 2 - 1, r"must lie in \[0, 1\], got -1 to 1"),
     "NaN": (CORNER * float("nan"), r"must lie in \[0, 1\], got nan to nan"),

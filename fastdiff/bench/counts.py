@@ -269,7 +269,7 @@ def accelerated_cost(backend: str, rounds: int) -> dict[str, Any]:
 
 def accelerated(options: argparse.Namespace) -> int:
     """Run the command ``host --accelerated`` and return its exit code."""
-    from fastdiff.bench import eager, launches
+    from fastdiff.bench import counts_page, eager
 
     found = {
         backend: accelerated_cost(backend, min(options.rounds, 60))
@@ -279,7 +279,7 @@ def accelerated(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print(aligned([launches.EAGER_HEAD, *launches.eager_rows(found)], words=1))
+        print(aligned([counts_page.EAGER_HEAD, *counts_page.eager_rows(found)], words=1))
     if options.docs:
         for backend, each in found.items():
             counted.record(eager.SECTION, backend, each)
@@ -385,7 +385,7 @@ def host(options: argparse.Namespace) -> int:
 def launches(options: argparse.Namespace) -> int:
     """Run the command ``launches`` and return its exit code."""
     # host.py measures without these modules
-    from fastdiff.bench import launches as found
+    from fastdiff.bench import counts_page as found
 
     if options.docs:
         DOCS.write_text(whole_page())
@@ -408,15 +408,9 @@ def sass_section() -> str:
 
 def whole_page() -> str:
     """The text of docs/counts.md; the section of instructions stays as it is."""
-    from fastdiff.bench import backward, evaluations, first_use
-    from fastdiff.bench import launches as found
+    from fastdiff.bench import counts_page
 
-    return found.page(
-        sass_section(),
-        predicted=evaluations.rows(),
-        trained=backward.rows(),
-        compiled=first_use.rows(),
-    )
+    return counts_page.page(sass_section())
 
 
 def sass(options: argparse.Namespace) -> int:

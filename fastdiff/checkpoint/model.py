@@ -24,6 +24,18 @@ from fastdiff.models.text import AnyEncoder, TextEncoder
 from fastdiff.models.unclip import CLIPImageEncoder, ImageNoise, ImageProjection
 from fastdiff.names import Prediction
 
+
+@dataclass(frozen=True, kw_only=True)
+class PictureNoise:
+    """The noise of the low-resolution picture that an upsampler reads, whose level is the
+    denoiser's class label (Stable Diffusion's x4-upscaler)."""
+
+    schedule: ScheduleConfig
+    """The noise levels."""
+    most: int
+    """The highest level that the denoiser was trained with."""
+
+
 CONTROLNET = "controlnet_"  # prefix of the parts that are ControlNets
 RUN_MODEL = "model"  # the bundle inside a training run's folder
 # The fields of a text encoder's config that the shapes of its weights do not determine.
@@ -64,6 +76,9 @@ class Model:
     2.1 unCLIP)."""
     image_noise_schedule: ScheduleConfig | None = None
     """The noise levels of `image_noise`."""
+    picture_noise: PictureNoise | None = None
+    """The noise of the low-resolution picture that the denoiser reads; None: it reads it clean.
+    """
     upsamplers: tuple[Model, ...] = ()
     """Models that enlarge what the denoiser makes, in one run of a sampler: the first takes all
     steps, or all but the last if a second one takes that (karlo)."""
@@ -236,6 +251,11 @@ def check_one_stage(model: Model) -> None:
             f"{model.name} has further networks ({', '.join(there)}), which fastdiff cannot write; "
             "copy the folder that it was read from"
         )
+    if model.picture_noise is not None:
+        raise ValueError(
+            f"{model.name} reads a noised picture, whose noise levels fastdiff cannot write; copy "
+            "the folder that it was read from"
+        )
 
 
 def _encoder_facts(encoder: AnyEncoder) -> list[Any]:
@@ -274,6 +294,8 @@ def _hash(model: Model) -> str:
         facts["image encoder"] = model.image_encoder.facts
     if model.image_noise_schedule is not None:
         facts["image noise"] = to_dict(model.image_noise_schedule)
+    if model.picture_noise is not None:
+        facts["picture noise"] = to_dict(model.picture_noise)
     if stages := [stage for stage in (model.prior, *model.upsamplers) if stage is not None]:
         facts["stages"] = [_stage_facts(stage) for stage in stages]
     if denoiser is not None and (kind := kind_of(denoiser.config)) != "unet":

@@ -108,6 +108,25 @@ def loss_pull(
 
 
 @dataclass(frozen=True, eq=False)
+class Similarity:
+    """The dot product of the embeddings of noised samples and of one caption.
+
+    GLIDE's objective (Nichol et al. 2022, arXiv 2112.10741, section 2.3); samples that are pulled
+    towards the same caption should share the object, whose gradient is then taken at once.
+    """
+
+    embed: Callable[[Tensor, Tensor], Tensor]
+    """embed(x, t): (n, C, *spatial) and (n,) timesteps to (n, D), differentiable in x."""
+    caption: Tensor
+    """(D,), times the inverse temperature that the embeddings were trained with."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """An `Objective`: (n,); y is not used."""
+        embedded = self.embed(x, t)
+        return (embedded * self.caption.to(embedded)).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
 class At:
     """Where in their tables the N samples of an evaluation are.
 
@@ -220,6 +239,25 @@ def classifier_guidance(
     pulls = [
         [Pull(objective=log_prob, scale=own, label=label)]
         for label, own in zip(labels, scales, strict=True)
+    ]
+    return by_gradients(pulls)
+
+
+def clip_guidance(
+    embed: Callable[[Tensor, Tensor], Tensor], captions: Tensor, scale: float | Sequence[float]
+) -> Guidance:
+    """CLIP guidance of N samples (Nichol et al. 2022, section 2.3): with "ddpm",
+
+        mean' = mean + scale * variance * gradient of f(x_t, t) . g(c)
+
+    embed: f of a CLIP that was trained on noised pictures, see `Similarity`. captions: (N, D), g of
+    the captions, times the inverse temperature (as in the authors' code). scale: one for all
+    samples, or one each.
+    """
+    scales = [scale] * len(captions) if isinstance(scale, int | float) else list(scale)
+    pulls = [
+        [Pull(objective=Similarity(embed, caption), scale=own)]
+        for caption, own in zip(captions, scales, strict=True)
     ]
     return by_gradients(pulls)
 

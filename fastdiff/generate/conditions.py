@@ -57,6 +57,7 @@ class Conditions:
         others = [e for e in model.text_encoders if not isinstance(e, TextEncoder)]
         self.joint = others[0] if others else None
         self.added = model.denoiser.config.added_condition_dim
+        self.noised = model.picture_noise is not None  # the label is the level of its noise
         for encoder in model.text_encoders:
             encoder.model.to(device, dtype)
             encoder.model.eval().requires_grad_(False)
@@ -170,7 +171,8 @@ class Conditions:
         self, encoded: EncodedPrompt, size: tuple[int, int], text: TextSettings, score: float
     ) -> Condition:
         if self.added is None:
-            return Condition(context=encoded.tokens)
+            label = text.image_noise if self.noised else None
+            return Condition(context=encoded.tokens, label=label)
         if self.joint is not None:
             return Condition(context=encoded.tokens, added=encoded.pooled)
         if encoded.pooled is None:

@@ -20,6 +20,7 @@ from fastdiff.generate.job import (
     TextJob,
     stage_options,
 )
+from fastdiff.generate.pictures import picture_size
 from fastdiff.generate.stages import UPSAMPLER_STEPS, check_stages, resolved_text
 from fastdiff.models.network import NetworkConfig
 from fastdiff.runtime.engine import check_cache
@@ -115,6 +116,14 @@ class Facts:
         # an extra last row for "no class".
         null = bool(config.null_class) if table is None else rows != LDM_CLASSES
         classes = config.num_classes if table is None else rows - null
+        reads_text = config.context_dim is not None and table is None
+        if model.picture_noise is not None:
+            classes = None  # the labels are noise levels
+        elif reads_text and classes is not None:
+            raise ValueError(
+                f"the denoiser of {model.path} reads a label beside the text, and nothing states "
+                "what it means; load the folder of the whole pipeline"
+            )
         _check_context(model, config)
         if first is None and "latent size" in model.provenance:
             raise ValueError(
@@ -134,7 +143,7 @@ class Facts:
             num_classes=classes,
             null_class=null,
             class_names=tuple(model.class_names),
-            reads_text=config.context_dim is not None and table is None,
+            reads_text=reads_text,
             pixels=first is None,
             learned_sigma=config.learned_sigma,
             classified=None if model.classifier is None else model.classifier.config.num_classes,
@@ -150,6 +159,11 @@ class Facts:
     def embeds_images(self) -> bool:
         """Whether the model is conditioned on the embedding of a picture (unCLIP)."""
         return self.model.image_encoder is not None
+
+    @property
+    def enlarges_to_latents(self) -> bool:
+        """Whether the model reads a low-resolution picture that has the size of its latents."""
+        return self.extra == "upsampler" and not self.pixels
 
     @property
     def label_classes(self) -> int | None:
@@ -261,16 +275,27 @@ def check(job: Job, facts: Facts) -> Job:
         )
     _check_control(job, facts)
     change: dict[str, Any] = {"settings": settings}
-    if not isinstance(job, ClassJob) and facts.model.prior is not None:
-        change["text"] = resolved_text(job.text, facts.model.prior)
+    if not isinstance(job, ClassJob):
+        change["text"] = resolved_text(job.text, facts.model)
     if not isinstance(job, TextJob) and not facts.reads_text:
         change["label"] = facts.label(job.label)
         if isinstance(job, InterpolationJob) and job.to_label is not None:
             change["to_label"] = facts.label(job.to_label)
     change |= _classified(job, change, facts)
     if isinstance(job, ClassJob | TextJob | InterpolationJob):
-        change["height"], change["width"] = facts.size(job.height, job.width)
+        change["height"], change["width"] = _size(job, facts)
     return _changed(job, change)
+
+
+def _size(job: ClassJob | TextJob | InterpolationJob, facts: Facts) -> tuple[int, int]:
+    """(height, width) of an image that begins with noise; of an upsampler on latents, which reads a
+    picture of their size, the size of the job's picture after enlarging."""
+    if not facts.enlarges_to_latents or job.image is None:
+        return facts.size(job.height, job.width)
+    factor = facts.factor
+    small = [None if side is None else max(side // factor, 1) for side in (job.height, job.width)]
+    height, width = (factor * side for side in picture_size(job.image, *small))
+    return facts.size(job.height or height, job.width or width)
 
 
 def _check_control(job: Job, facts: Facts) -> None:
@@ -361,6 +386,8 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"{facts.name} enlarges a small image, and none was given; pass image= "
             f"(fastdiff {command} --image FILE)"
         )
+    if facts.extra == "upsampler" and getattr(job, "upscale", None) is not None:
+        raise ValueError(f"{facts.name} enlarges a picture itself; leave upscale out")
     shown = from_noise and getattr(job, "image", None) is not None
     if shown and facts.extra != "upsampler" and not facts.embeds_images:
         raise ValueError(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastdiff.diffusion.schedules import noise_schedule
 from fastdiff.generate import refine, superresolution, upscale
-from fastdiff.generate.job import ClassJob, TextJob
+from fastdiff.generate.job import ClassJob, TextJob, stage_seed
 from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
 from fastdiff.generate.slerp import slerp
@@ -36,11 +37,33 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
     x = x * table.initial_sigma
     extra = None
     if job.image is not None and session.facts.extra == "upsampler":
-        image = read_picture(job.image, session.facts.image_channels, None, None)
-        extra = enlarged(image[None], x.shape[1:])[0].to(x)
+        extra = _small_picture(session, job, x)
     return Pass(
         session=session, request=session.request(job, table, x, size, extra=extra), then=then
     )
+
+
+def _small_picture(session: Session, job: ClassJob | TextJob, x: Tensor) -> Tensor:
+    """The picture that an upsampler enlarges, as it reads it: (image_channels, h, w), like x.
+
+    Next to latents it has their size, and the noise of the job's level where the model wants some.
+
+    Raises:
+        ValueError: the picture cannot be read, or does not have the size of the latents.
+    """
+    assert job.image is not None
+    facts, noise = session.facts, session.model.picture_noise
+    size = (x.shape[1], x.shape[2]) if facts.enlarges_to_latents else (None, None)
+    image = read_picture(job.image, facts.image_channels, *size)
+    image = enlarged(image[None], x.shape[1:])[0].to(x)
+    if noise is None:
+        return image
+    assert isinstance(job, TextJob)
+    assert job.text.image_noise is not None, "the job is checked"
+    schedule, level = noise_schedule(noise.schedule), job.text.image_noise
+    alpha, sigma = float(schedule.alpha(level)), float(schedule.sigma(level))
+    drawn = session.noise(stage_seed(job.seed, "image noise"), tuple(image.shape))
+    return alpha * image + sigma * drawn.to(image)
 
 
 def start_noise(session: Session, job: ClassJob | TextJob) -> Tensor:

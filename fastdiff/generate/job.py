@@ -221,7 +221,7 @@ class TextSettings:
     (Ramesh et al. 2022, section 2.2); None: 2."""
     image_noise: int | None = field(default=None, metadata=LATER)
     """Stable Diffusion unCLIP: noise level of the picture's embedding, from 0, the closest to the
-    picture, to 999; None: 0."""
+    picture, to 999; None: 0. x4-upscaler: noise level of the picture, 0 to 350; None: 20."""
 
     def __post_init__(self) -> None:
         _check_types(self)

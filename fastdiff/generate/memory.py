@@ -32,7 +32,7 @@ from fastdiff.generate.facts import (
     default_batch,
 )
 from fastdiff.generate.job import InpaintJob, Job, TextJob, UpscaleJob
-from fastdiff.images import image_size
+from fastdiff.generate.pictures import picture_size
 from fastdiff.kernels import selected_backend
 from fastdiff.kernels.sampler_step import HISTORY_SLOTS
 from fastdiff.memory import check_memory
@@ -193,7 +193,7 @@ def _sizes(job: Job, facts: Facts) -> list[Size]:
     if height is None or width is None:
         picture = getattr(job, "image", None)
         height, width = (
-            facts.size(height, width) if picture is None else _picture_size(picture, height, width)
+            facts.size(height, width) if picture is None else picture_size(picture, height, width)
         )
     sizes = [(height, width)]
     scale = job.scale if isinstance(job, UpscaleJob) else getattr(job, "upscale", None)
@@ -202,17 +202,6 @@ def _sizes(job: Job, facts: Facts) -> list[Size]:
         larger = [max(round(side * scale / step), 1) * step for side in sizes[0]]
         sizes.append((larger[0], larger[1]))
     return sizes
-
-
-def _picture_size(picture: Any, height: int | None, width: int | None) -> Size:
-    """Size of the picture that a job starts from, after the resizing of `images.read_image`."""
-    if isinstance(picture, Tensor):
-        return picture.shape[-2], picture.shape[-1]
-    high, wide = image_size(picture)
-    if height is None and width is None:
-        return high, wide
-    width = width or max(round(wide * (height or 1) / high), 1)
-    return height or max(round(high * width / wide), 1), width
 
 
 def _sampling(model: Model, job: Job, size: Size, call: Call) -> Peak:

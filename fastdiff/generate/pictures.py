@@ -48,6 +48,17 @@ def read_picture(
     return image
 
 
+def picture_size(picture: Picture, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) of a picture after the resizing of `images.read_image`."""
+    if isinstance(picture, Tensor):
+        return picture.shape[-2], picture.shape[-1]
+    high, wide = image_size(picture)
+    if height is None and width is None:
+        return high, wide
+    width = width or max(round(wide * (height or 1) / high), 1)
+    return height or max(round(high * width / wide), 1), width
+
+
 def picture_key(picture: Picture) -> Hashable:
     """A key for what is computed from a picture: it changes with the file. Keep a tensor alive as
     long as its key."""
@@ -102,7 +113,7 @@ def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
     binary = (mask >= 0.5).float()
     if not binary.any():
         most = float(mask.max())
-        seen = f"has no value above 0.5, got at most {most:.3g}" if most else "is all zeros"
+        seen = f"has no value of 0.5 or more, got at most {most:.3g}" if most else "is all zeros"
         raise ValueError(
             f"the mask {seen}, expected 1 (white) where the image is to be replaced; invert it?"
         )

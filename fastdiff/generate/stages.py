@@ -7,6 +7,7 @@ from typing import Any
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.generate.job import (
+    PLAIN_TEXT,
     PRIOR_OPTIONS,
     InterpolationJob,
     Job,
@@ -17,6 +18,8 @@ from fastdiff.generate.job import (
 
 PRIOR_STEPS, UPSAMPLER_STEPS = 25, 7
 """Default steps, those of diffusers' UnCLIPPipeline."""
+PICTURE_NOISE = 20
+"""Default noise level of diffusers' StableDiffusionUpscalePipeline."""
 PRIOR_SAMPLES = 2
 """Default number of image embeddings (Ramesh et al. 2022, section 2.2)."""
 
@@ -31,6 +34,9 @@ def check_stages(job: Job, model: Model) -> None:
         what, there = _stage_of(name, model)
         if not there:
             raise ValueError(f"{model.name} has no {what}, so {name} has no effect; leave it out")
+    level, most = getattr(job, "text", PLAIN_TEXT).image_noise, most_noise(model)
+    if level is not None and most is not None and level > most:
+        raise ValueError(f"image_noise must be 0 to {most}, got {level}")
     if model.projection is None and model.image_encoder is None:
         return
     if not isinstance(job, TextJob | InterpolationJob):
@@ -42,9 +48,6 @@ def check_stages(job: Job, model: Model) -> None:
         raise ValueError(
             f"{model.name} enlarges its images with networks of its own; leave upscale out"
         )
-    level, levels = job.text.image_noise, model.image_noise_schedule
-    if level is not None and levels is not None and level >= levels.num_timesteps:
-        raise ValueError(f"image_noise must be 0 to {levels.num_timesteps - 1}, got {level}")
     if model.prior is None and job.image is None:
         raise ValueError(
             f"{model.name} makes variations of a picture, and none was given; pass image= "
@@ -59,13 +62,26 @@ def _stage_of(option: str, model: Model) -> tuple[str, bool]:
     if option in PRIOR_OPTIONS:
         return "prior", model.prior is not None
     if option == "image_noise":
-        return "noise of image embeddings", model.image_noise is not None
+        return "noise of pictures or of their embeddings", most_noise(model) is not None
     return "image encoder", model.image_encoder is not None
 
 
-def resolved_text(text: TextSettings, prior: Model) -> TextSettings:
-    """The text settings of a job with the defaults of a prior filled in; the same object if there
-    are none to fill in."""
+def most_noise(model: Model) -> int | None:
+    """The highest `image_noise` of a model; None: it adds no noise to pictures."""
+    if model.picture_noise is not None:
+        return model.picture_noise.most
+    levels = model.image_noise_schedule
+    return None if levels is None else levels.num_timesteps - 1
+
+
+def resolved_text(text: TextSettings, model: Model) -> TextSettings:
+    """The text settings of a job with the defaults of a model's stages filled in; the same object
+    if there are none to fill in."""
+    if model.picture_noise is not None and text.image_noise is None:
+        return replace(text, image_noise=min(PICTURE_NOISE, model.picture_noise.most))
+    prior = model.prior
+    if prior is None:
+        return text
     scale = 1.0 if prior.guidance_scale is None else prior.guidance_scale
     defaults = zip(PRIOR_OPTIONS, (PRIOR_STEPS, scale, PRIOR_SAMPLES), strict=True)
     unset: dict[str, Any] = {k: v for k, v in defaults if getattr(text, k) is None}

@@ -155,7 +155,7 @@ class ControlNet(nn.Module):
         transformers = self.transformers()
         layers = [layer for each in transformers for layer in each.cross_attentions()]
         kvs = iter(project_contexts(layers, context))
-        return [[next(kvs) for _ in transformer.blocks] for transformer in transformers]
+        return [[next(kvs) for _ in each.cross_attentions()] for each in transformers]
 
     def residuals(self, x: Tensor, emb: Tensor, context: ContextKV, hint: Tensor) -> list[Tensor]:
         """What is added, at strength 1, to each skip connection and to the middle.

@@ -679,24 +679,51 @@ class GELUFeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each preceded by a LayerNorm."""
+    """Self-attention, cross-attention and feed-forward, each preceded by a LayerNorm.
 
-    def __init__(self, dim: int, context_dim: int, num_heads: int, dropout: float = 0.0) -> None:
+    self_attention: False for a second cross-attention in place of the self-attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        *,
+        self_attention: bool = True,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
-        self.attn1 = SelfAttention(dim, num_heads)
+        self.attn1: SelfAttention | CrossAttention = (
+            SelfAttention(dim, num_heads)
+            if self_attention
+            else CrossAttention(dim, context_dim, num_heads)
+        )
         self.attn2 = CrossAttention(dim, context_dim, num_heads)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, residual: Tensor | None, kv: Tensor) -> tuple[Tensor, Tensor]:
-        """x, residual: (N, L, C); kv: (R, T, 2, H, d) -> (h, residual), each (R, L, C).
+    def cross_attentions(self) -> list[CrossAttention]:
+        """The layers that read the context: one, or two without self-attention."""
+        both = self.attn1, self.attn2
+        return [layer for layer in both if isinstance(layer, CrossAttention)]
+
+    def forward(self, x: Tensor, residual: Tensor | None, *kvs: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: (N, L, C); kvs: of each of `cross_attentions`, (R, T, 2, H, d) ->
+        (h, residual), each (R, L, C).
 
         R is N, or a multiple: several contexts in turn for each row, see `repeated`.
         """
+        rows = len(kvs[-1])
         h, x = self.norm1(x, residual)
-        h, x = self.norm2(self.attn1(h), x)
-        h, x = repeated(h, len(kv)), repeated(x, len(kv))
-        h, x = self.norm3(self.attn2(h, kv), x)
+        if isinstance(self.attn1, CrossAttention):
+            h = self.attn1(repeated(h, rows), kvs[0])
+            x = repeated(x, rows)
+        else:
+            h = self.attn1(h)
+        h, x = self.norm2(h, x)
+        h, x = repeated(h, rows), repeated(x, rows)
+        h, x = self.norm3(self.attn2(h, kvs[-1]), x)
         return self.ff(h), x
 
 
@@ -716,6 +743,7 @@ class SpatialTransformer(nn.Module):
         depth: int,
         num_groups: int,
         dropout: float = 0.0,
+        self_attention: bool = True,
     ) -> None:
         super().__init__()
         self.index = (
@@ -724,13 +752,17 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(channels, num_groups, eps=1e-6, activation="none")
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            [TransformerBlock(channels, context_dim, num_heads, dropout) for _ in range(depth)]
+            TransformerBlock(
+                channels, context_dim, num_heads, dropout, self_attention=self_attention
+            )
+            for _ in range(depth)
         )
         self.proj_out = zero_init(nn.Linear(channels, channels))
 
     def cross_attentions(self) -> list[CrossAttention]:
-        """The layers that read the context, one per block."""
-        return [block.attn2 for block in self.blocks if isinstance(block, TransformerBlock)]
+        """The layers that read the context, block by block."""
+        blocks = [block for block in self.blocks if isinstance(block, TransformerBlock)]
+        return [layer for block in blocks for layer in block.cross_attentions()]
 
     def forward(
         self,
@@ -744,8 +776,8 @@ class SpatialTransformer(nn.Module):
         """Run the block.
 
         Args:
-            x, residual: (N, C, H, W). bias: (C,). kvs: of each block, see `CrossAttention.project`;
-                their rows are N or a multiple, as in `TransformerBlock`.
+            x, residual: (N, C, H, W). bias: (C,). kvs: of each of `cross_attentions`, see
+                `CrossAttention.project`; their rows are N or a multiple, as in `TransformerBlock`.
             before_norm: whether a norm follows, which can add the block's two addends.
 
         Returns:
@@ -754,8 +786,9 @@ class SpatialTransformer(nn.Module):
         h, x = self.norm(x, residual=residual, channel_add=bias)
         h = self.proj_in(to_tokens(h))  # (N, L, C)
         pending: Tensor | None = None
-        for block, kv in zip(self.blocks, kvs, strict=True):
-            h, pending = block(h, pending, kv)
+        each = len(kvs) // len(self.blocks)
+        for index, block in enumerate(self.blocks):
+            h, pending = block(h, pending, *kvs[index * each : (index + 1) * each])
         base = repeated(x, len(h))
         return projected_addends(self.proj_out, h, pending, base, before_norm=before_norm), x
 

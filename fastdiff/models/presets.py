@@ -117,6 +117,18 @@ UNETS: dict[str, UNetConfig] = {
         head_dim=64,
         context_dim=1024,
     ),
+    "sd-x4-upscaler": UNetConfig(  # 473,398,020; latents, then the small image; 1000 noise levels
+        in_channels=7,
+        out_channels=4,
+        model_channels=256,
+        channel_mult=(1, 2, 2, 4),
+        num_res_blocks=2,
+        attention_depth=(0, 1, 1, 1),
+        num_heads=8,
+        context_dim=1024,
+        num_classes=1000,
+        self_attention=(False, False, False, True),
+    ),
     "ldm4-cin256-v2": UNetConfig(  # 400,920,579; the class is one context token of 512
         in_channels=3,
         out_channels=3,
@@ -393,6 +405,7 @@ MLPS: dict[str, MLPConfig] = {
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
     # Rombach et al. 2022, table 8
     "kl-f4": AutoencoderConfig(latent_channels=3),  # 55,312,063
+    "kl-f4-x4-upscaler": AutoencoderConfig(),  # 55,325,927
     "kl-f8": AutoencoderConfig(channel_mult=(1, 2, 4, 4)),  # 83,653,863; Stable Diffusion 1, 2, XL
     "vq-f4": AutoencoderConfig(  # 55,322,782
         regularization="vq", latent_channels=3, codebook_size=8192

@@ -110,14 +110,17 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids: Tensor, *, output_hidden_states: bool = True) -> TextOutput:
         """ids: (N, T) int64 with T up to max_position_embeddings. Returns every block's output."""
-        x = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]  # (N, T, D)
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        pooled = None
+        states, pooled = self._states(ids), None
         if self.config.pooled:
             pooled = self.mean(self.final_layer_norm(states[-1]), ids)
         return TextOutput(tuple(states) if output_hidden_states else (states[-1],), pooled)
+
+    def _states(self, ids: Tensor) -> list[Tensor]:
+        """The embeddings, then every block's output."""
+        states = [self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return states
 
     def encode(self, ids: Tensor) -> Tensor:
         """The context tokens: ids (N, T) -> (N, T, D)."""
@@ -126,9 +129,8 @@ class TextTransformer(nn.Module):
     def encode_both(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The context tokens, (N, T, D), and their mean, (N, D), None unless the config says
         pooled. ids: (N, T)."""
-        x = self(ids, output_hidden_states=False)
-        normed: Tensor = self.final_layer_norm(x.hidden_states[-1])
-        return normed, x.text_embeds
+        normed: Tensor = self.final_layer_norm(self._states(ids)[-1])
+        return normed, self.mean(normed, ids) if self.config.pooled else None
 
     def mean(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """The mean of the tokens that are no padding: (N, T, D), ids (N, T) -> (N, D)."""

@@ -104,6 +104,9 @@ class UNetConfig:
     # cross: transformers (LDM); appended: self-attention over pixels and tokens (GLIDE, unCLIP)
     added_layers: int = field(default=2, metadata=LATER)
     # linear layers from the added vector to the time embedding: SDXL 2, GLIDE 1, unCLIP 0
+    self_attention: tuple[bool, ...] = field(default=(), metadata=LATER)
+    # per level: False where transformers have a second cross-attention in place of self-attention
+    # (Stable Diffusion's x4-upscaler); empty: self-attention everywhere
 
     def __post_init__(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -163,6 +166,15 @@ class UNetConfig:
         require(
             self.context_attention == "cross" or self.context_dim is not None,
             f"context_attention {self.context_attention!r} needs context_dim, got None",
+        )
+        require(
+            len(self.self_attention) in (0, levels),
+            f"self_attention must be empty or have {levels} entries, one per level, got "
+            f"{self.self_attention}",
+        )
+        require(
+            all(self.self_attention) or self.has_transformers,
+            f"self_attention {self.self_attention} needs transformers; set context_dim",
         )
         require(
             self.added_layers in (0, 1, 2),
@@ -254,6 +266,10 @@ class UNetConfig:
         """Number of residual and transformer blocks on the way down and in the middle."""
         down = sum(1 + depth for depth in self.attention_depth)
         return self.num_res_blocks * down + self.middle_depth
+
+    def attends_to_itself(self, level: int) -> bool:
+        """Whether the transformers of a level have self-attention."""
+        return not self.self_attention or self.self_attention[level]
 
     def heads(self, width: int, *, up: bool = False) -> int:
         """Number of heads of an attention over `width` channels; up: whether on the way up."""
@@ -362,7 +378,14 @@ def res_block(
     )
 
 
-def attention(config: UNetConfig, width: int, depth: int, *, up: bool = False) -> list[nn.Module]:
+def attention(
+    config: UNetConfig,
+    width: int,
+    depth: int,
+    *,
+    up: bool = False,
+    self_attention: bool = True,
+) -> list[nn.Module]:
     """The attention after a residual block; empty for depth 0."""
     if depth == 0:
         return []
@@ -387,6 +410,7 @@ def attention(config: UNetConfig, width: int, depth: int, *, up: bool = False) -
             depth=depth,
             num_groups=groups,
             dropout=config.dropout,
+            self_attention=self_attention,
         )
     ]
 
@@ -427,10 +451,11 @@ def encoder(config: UNetConfig) -> tuple[nn.ModuleList, Stage, list[int]]:
     blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
     results = [width]
     for level, depth in enumerate(config.attention_depth):
+        itself = config.attends_to_itself(level)
         for _ in range(config.num_res_blocks):
             stage = [
                 res_block(config, width, widths[level]),
-                *attention(config, widths[level], depth),
+                *attention(config, widths[level], depth, self_attention=itself),
             ]
             blocks.append(Stage(stage))
             width = widths[level]
@@ -474,11 +499,12 @@ class UNet(Network):
         self.output_blocks = nn.ModuleList()
         self._deep: list[tuple[int, int]] = []  # per branch: channels and level of its features
         for level in reversed(range(last + 1)):
+            depth, itself = config.attention_depth[level], config.attends_to_itself(level)
             for index in range(config.num_res_blocks + 1):
                 self._deep.insert(0, (width, level))
                 stage = [
                     res_block(config, width + skips.pop(), widths[level]),
-                    *attention(config, widths[level], config.attention_depth[level], up=True),
+                    *attention(config, widths[level], depth, up=True, self_attention=itself),
                 ]
                 width = widths[level]
                 if level > 0 and index == config.num_res_blocks:
@@ -572,7 +598,7 @@ class UNet(Network):
             return [[block.project(context), *also] for block in blocks]
         check_no_mask(mask)
         kvs = iter(project_contexts(self.cross_attentions(), context))
-        return [[next(kvs) for _ in transformer.blocks] for transformer in self.transformers()]
+        return [[next(kvs) for _ in each.cross_attentions()] for each in self.transformers()]
 
     def check_input(self, x: Tensor, context: Tensor | Context | None) -> None:
         """Raise ValueError unless `body` can run on x: (N, in_channels, H, W) and this context."""

@@ -24,6 +24,7 @@ from fastdiff.generate.run import Result
 from fastdiff.serve import responses
 from fastdiff.serve.errors import ApiError, to_json
 from fastdiff.serve.limits import MIB, KeyLimits, Limits
+from fastdiff.serve.live import relay, submit
 from fastdiff.serve.metrics import Metrics
 from fastdiff.serve.pool import Pool
 from fastdiff.serve.schema import (
@@ -203,24 +204,19 @@ class ImageRoute:
             _Left: the client has left; its images are dropped.
             ApiError: as for `Worker.submit`, or an image has failed.
         """
-        service, loop = self.service, asyncio.get_running_loop()
+        service = self.service
         events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def on_event(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         flow = object() if key is None else (key, wanted.priority)
         deadline = begin + service.limits.deadline
         call = Call(
             jobs=wanted.jobs,
-            on_event=on_event,
+            on_event=relay(events),
             flow=flow,
             deadline=deadline,
             partials=wanted.partials,
             weight=PRIORITIES[wanted.priority],
         )
-        service.worker.submit(call)
+        await submit(service.worker, call)
         made = self._stream if wanted.stream else self._whole
         making = asyncio.ensure_future(made(wanted, events, answer))
         leaving = asyncio.ensure_future(_left(receive))

@@ -1,11 +1,12 @@
-"""Images for a page in this process: a form's values in, events of the server's worker out."""
+"""The worker from an event loop: calls without waiting, and for a page a form's values in, images
+out."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastdiff.generate.facts import Facts
 from fastdiff.serve.limits import Limits
+from fastdiff.serve.pool import Pool
 from fastdiff.serve.schema import (
     MOST_PARTIALS,
     Edit,
@@ -22,7 +24,7 @@ from fastdiff.serve.schema import (
     read_edit,
     read_generation,
 )
-from fastdiff.serve.worker import Call, Done, Event, Failed, Partial, Worker
+from fastdiff.serve.worker import Call, Done, Event, Failed, Partial, Worker, cost_of
 
 
 def read_form(
@@ -54,6 +56,29 @@ def read_form(
     return read_edit(read_body(given, Edit, served=served), facts, limits, image, mask)
 
 
+def relay(events: asyncio.Queue[Event]) -> Callable[[Event], None]:
+    """For `Call.on_event`: puts events of the worker's thread into a queue of the running loop."""
+    loop = asyncio.get_running_loop()
+
+    def on_event(event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+    return on_event
+
+
+async def submit(worker: Worker | Pool, call: Call) -> None:
+    """Queue a call without holding up the loop: what reused features cost is counted on a network
+    of meta tensors, which takes seconds the first time.
+
+    Raises:
+        ApiError: as for `Worker.submit`.
+    """
+    if any(job.settings.caching is not None for job in call.jobs):
+        await asyncio.to_thread(lambda: [cost_of(job, worker.facts) for job in call.jobs])
+    worker.submit(call)
+
+
 async def live(worker: Worker, wanted: Wanted, limits: Limits) -> AsyncIterator[Partial | Done]:
     """The previews and the image of a request, as the worker makes them.
 
@@ -62,20 +87,15 @@ async def live(worker: Worker, wanted: Wanted, limits: Limits) -> AsyncIterator[
     Raises:
         ApiError: the queue is full, or the image has failed.
     """
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-    def on_event(event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
+    events = asyncio.Queue[Event]()
     call = Call(
         jobs=wanted.jobs,
-        on_event=on_event,
+        on_event=relay(events),
         flow=object(),
         deadline=time.monotonic() + limits.deadline,
         partials=wanted.partials,
     )
-    worker.submit(call)
+    await submit(worker, call)
     try:
         for _ in wanted.jobs:
             while isinstance(event := await events.get(), Partial):

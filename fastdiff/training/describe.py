@@ -10,9 +10,11 @@ import torch
 from fastdiff.models.autoencoder import Autoencoder
 from fastdiff.models.discriminator import PatchDiscriminator
 from fastdiff.models.network import network_family
+from fastdiff.models.text_transformer import TextTransformer
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.diffusion import DiffusionRun
+from fastdiff.training.text import architecture
 
 
 def describe(run: AutoencoderRun | ClassifierRun | DiffusionRun[Any]) -> str:
@@ -30,6 +32,10 @@ def describe(run: AutoencoderRun | ClassifierRun | DiffusionRun[Any]) -> str:
                 networks["discriminator"] = PatchDiscriminator(run.discriminator)
         else:
             networks = {run.kind: network_family(run.kind).network(run.model)}
+        if isinstance(run, DiffusionRun) and run.text.layers:
+            width, pooled = run.model.context_dim, run.model.added_condition_dim is not None
+            wanted = architecture(run.text, run.text.vocabulary, width, pooled=pooled)
+            networks["text transformer, at most"] = TextTransformer(wanted)
     for name, network in networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())
         lines.append(f"{name}: {count:,} parameters")

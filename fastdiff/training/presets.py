@@ -189,6 +189,7 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     "tiny-ddpm": _tiny(  # Ho et al. 2020: the linear schedule, eps, the simple loss
         UNETS["tiny-pixels"],
         "runs/tiny-ddpm",
+        steps=3000,  # twelve minutes of one thread
         data=DataConfig(image_size=8),
         preview=PreviewConfig(sampler="ddim"),
     ),

@@ -66,6 +66,21 @@ class TextConfig:
             raise ValueError(f"text full_caption must be 0 to 1, got {self.full_caption}")
 
 
+def architecture(
+    config: TextConfig, vocabulary: int, width: int, *, pooled: bool
+) -> TextTransformerConfig:
+    """The text transformer of a run; the other arguments as for `Captions.transformer`."""
+    return TextTransformerConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.tokens,
+        dropout=config.dropout,
+        pooled=pooled,
+    )
+
+
 class Conditioned(nn.Module):
     """A denoiser and the text transformer that it is trained with, as one network."""
 
@@ -124,15 +139,7 @@ class Captions:
     def transformer(self, width: int, *, pooled: bool = False) -> TextTransformerConfig:
         """The text transformer for a denoiser whose context has this width; pooled: and that adds
         the mean of a text's tokens to its time embedding."""
-        return TextTransformerConfig(
-            vocab_size=len(self.tokenizer),
-            hidden_size=width,
-            num_hidden_layers=self.config.layers,
-            num_attention_heads=self.config.heads,
-            max_position_embeddings=self.config.tokens,
-            dropout=self.config.dropout,
-            pooled=pooled,
-        )
+        return architecture(self.config, len(self.tokenizer), width, pooled=pooled)
 
     def encoder(self, network: TextTransformer) -> TextEncoder:
         """The conditioner of a model."""

@@ -129,3 +129,11 @@ LDM = {  # LDM-4's U-Net: attention of width 32 without context
     "norm_num_groups": 32,
     "layers_per_block": 2,
 }
+
+
+def opened(folder: Path) -> Any:
+    """A folder of Stable Diffusion as diffusers' pipeline."""
+    diffusers: Any = import_diffusers("StableDiffusionPipeline")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.checkpoint.layouts.lora import merge, read_spec
 from fastdiff.checkpoint.options import LoadOptions
+from tests.checkpoint.pipelines import opened as peer
 from tests.checkpoint.pipelines import pipeline
 from tests.models.test_against_diffusers import assert_equal, randn
 from tests.support.peers import import_diffusers
@@ -35,11 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("sd") / "pipeline"
     pipeline("sd1", found, torch.float32)
     return found
-
-
-def peer(folder: Path) -> Any:
-    diffusers: Any = import_diffusers("StableDiffusionPipeline")
-    return diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
 def matrices(module: Any, stem: str, rank: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ import fastdiff
 from fastdiff.checkpoint.options import LoadOptions
 from fastdiff.checkpoint.textual_inversion import read_spec, read_vectors
 from fastdiff.models.text import encode_prompt
+from tests.checkpoint.pipelines import opened as peer
 from tests.checkpoint.pipelines import pipeline
 from tests.models.test_against_diffusers import randn
-from tests.support.peers import import_diffusers
 
 TOKEN = "<toy>"
 PROMPT = "a <toy> and a cat"
@@ -28,13 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("sd") / "pipeline"
     pipeline("sd1", found, torch.float32)
     return found
-
-
-def peer(folder: Path) -> Any:
-    diffusers: Any = import_diffusers("StableDiffusionPipeline")
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def width(folder: Path) -> int:

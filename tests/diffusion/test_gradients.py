@@ -18,6 +18,7 @@ from fastdiff.diffusion.gradients import (
     Pull,
     by_gradients,
     classifier_guidance,
+    clip_guidance,
     gradient_of,
     guided,
     loss_guidance,
@@ -503,3 +504,54 @@ def test_flow_matching_has_another_scale_of_x(name: str) -> None:
 def test_bad_pulls_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Pull(**{"objective": log_prob, "scale": 1.0, **change})
+
+
+# --- CLIP guidance (Nichol et al. 2022, section 2.3) ----------------------------------------------
+
+CLIP_SCALES = [0.0, 2.0, 0.7, -1.0]
+
+
+def linear_tower(x: Tensor, t: Tensor) -> Tensor:
+    """A linear image tower whose weights depend on the timestep: (n, 2) -> (n, 3)."""
+    return (x @ IMAGE_TOWER.T) * (1 + t[:, None] / 500)
+
+
+IMAGE_TOWER = torch.tensor([[0.4, -0.3], [0.1, 0.2], [-0.5, 0.6]], dtype=torch.float64)
+TEXT_TOWER = torch.tensor([[0.3, 0.2], [-0.1, 0.4], [0.5, -0.2]], dtype=torch.float64)
+CAPTIONS = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, -2]], dtype=torch.float64) @ TEXT_TOWER.T
+
+
+def clip_gradient(t: float) -> Tensor:
+    """Of f(x, t) . g(c) with linear towers, in closed form: W(t)' V c, one row per sample."""
+    return (1 + t / 500) * CAPTIONS @ IMAGE_TOWER
+
+
+def test_clip_guidance_of_linear_towers_shifts_the_mean_by_its_closed_form() -> None:
+    """mu' = mu + s Sigma grad_x (f(x) . g(c)), written out from the betas of the steps."""
+    network, rows = exact_network(SCHEDULE), table("ddpm", variance="fixed_large")
+    found = run(network, rows, clip_guidance(linear_tower, CAPTIONS, CLIP_SCALES))
+    x, timesteps = start(), rows.timesteps.tolist()
+    bars = [float(SCHEDULE.alpha(t)) ** 2 for t in timesteps] + [1.0]
+    s = torch.tensor(CLIP_SCALES, dtype=torch.float64)[:, None]
+    for row, t in enumerate(timesteps):
+        now, to = bars[row], bars[row + 1]
+        beta = 1 - now / to
+        x0 = (x - math.sqrt(1 - now) * network(x, t)) / math.sqrt(now)
+        x = math.sqrt(1 - beta) * (1 - to) / (1 - now) * x + math.sqrt(to) * beta / (1 - now) * x0
+        if to != 1.0:
+            x = x + s * beta * clip_gradient(t) + math.sqrt(beta) * noise_of_step(row)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_clip_guidance_of_linear_towers_in_a_deterministic_sampler() -> None:
+    """eps_hat' = eps_hat - s sigma grad_x (f(x) . g(c)); samples of scale 0 are not guided."""
+    network, rows = exact_network(SCHEDULE), table("ddim")
+    found = run(network, rows, clip_guidance(linear_tower, CAPTIONS, CLIP_SCALES))
+    s = torch.tensor(CLIP_SCALES, dtype=torch.float64)[:, None]
+
+    def shifted(x: Tensor, t: float) -> Tensor:
+        return network(x, t) - s * float(SCHEDULE.sigma(t)) * clip_gradient(t)
+
+    torch.testing.assert_close(found, run(shifted, rows), rtol=1e-9, atol=1e-9)
+    assert (found - run(network, rows))[1:].abs().amin() > 0.01
+    torch.testing.assert_close(found[0], run(network, rows)[0], rtol=1e-12, atol=1e-12)

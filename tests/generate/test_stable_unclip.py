@@ -189,5 +189,5 @@ def test_a_unet_reads_one_added_vector(pair: Any, tmp_path: Path) -> None:
 
 
 def test_options_of_other_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="has no noise of image embeddings, so image_noise"):
+    with pytest.raises(ValueError, match="has no noise of pictures or of their embeddings"):
         fastdiff.load("digits").generate(image=torch.zeros(1, 8, 8), image_noise=3)

@@ -21,6 +21,7 @@ UNET_PARAMETERS = {
     "ldm4-inpainting-big": 387_245_827,
     "ldm8-txt2img-1p4b": 872_300_484,
     "sd2-depth": 865_910_724 + 9 * 320,
+    "sd-x4-upscaler": 473_398_020,
     "ldm4-cin256-v2": 400_920_579,
     "adm-imagenet256": 553_838_086,
     "adm-imagenet512": 558_997_638,
@@ -42,6 +43,7 @@ UNET_PARAMETERS = {
 # the second half of the moments in conv_out (3 * (512*9 + 1)) and in the 1x1 quant_conv (42 - 12)
 AUTOENCODER_PARAMETERS = {
     "kl-f4": 55_322_782 - 8192 * 3 + 3 * (512 * 9 + 1) + 30,
+    "kl-f4-x4-upscaler": 55_325_927,
     "kl-f8": 83_653_863,
     "vq-f4": 55_322_782,
     # without two attentions of 512 channels: a norm and four 1x1 convolutions each

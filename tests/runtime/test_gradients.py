@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.diffusion.gradients import Pull, by_gradients, loss_pull
+from fastdiff.diffusion.gradients import Pull, Similarity, by_gradients, loss_pull
 from fastdiff.diffusion.samplers import SamplerTable, build_table
 from fastdiff.diffusion.sampling import sample
 from fastdiff.diffusion.schedules import NoiseSchedule, ScheduleConfig
 from fastdiff.models.classifier import Classifier, ClassifierConfig
+from fastdiff.models.contrastive import Contrastive, ContrastiveConfig
+from fastdiff.models.text_transformer import TextTransformerConfig
 from fastdiff.models.unet import UNet
 from fastdiff.runtime.conditions import Condition
 from fastdiff.runtime.denoiser import Denoiser, Turn
@@ -56,6 +58,23 @@ def new_classifier(seed: int) -> Classifier:
 @pytest.fixture(scope="module")
 def classifiers() -> list[Classifier]:
     return [new_classifier(3), new_classifier(4)]
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[Similarity]:
+    """Three captions under one contrastive net of noised pictures."""
+    text = TextTransformerConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    net = Contrastive(ContrastiveConfig(text=text, widths=(16, 32), dim=8, noised=True))
+    randomize(net, 5)
+    net = prepare(net)
+    ids = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0], [1, 9, 8, 2]])
+    return [Similarity(net.embed_images, net.scale * row) for row in net.embed_text(ids)]
 
 
 def darkness(x0: Tensor) -> Tensor:
@@ -124,6 +143,28 @@ def test_every_request_has_the_same_bits_as_alone(
     for wanted in requests:
         (alone,) = run(unet, [wanted], slots=3)
         assert torch.equal(alone.x, together[wanted.tag]), wanted.tag
+
+
+def test_captions_of_one_batch_do_not_mix(
+    unet: UNet, classifiers: list[Classifier], captions: list[Similarity]
+) -> None:
+    """Requests with different captions at any scale, beside a classifier or unguided neighbours,
+    have the bits that they have alone."""
+    rng, requests = random.Random(7), []
+    tables = [table("ddim", 3), table("ddpm", 4, guidance_scale=1.0), table("heun", 2)]
+    for seed in range(15):
+        pulls: tuple[Pull, ...] = ()
+        if seed % 5:
+            pulls = (Pull(objective=rng.choice(captions), scale=rng.uniform(1, 4)),)
+        if seed % 5 == 4:
+            pulls += (Pull(objective=classifiers[0].log_prob, scale=1.0, label=1),)
+        requests.append(request(seed, rng.choice(tables), pulls))
+    together = {result.request.tag: result.x for result in run(unet, requests, slots=6)}
+    for wanted in requests:
+        (alone,) = run(unet, [wanted], slots=3)
+        assert torch.equal(alone.x, together[wanted.tag]), wanted.tag
+        (plain,) = run(unet, [replace(wanted, pulls=())], slots=3)
+        assert torch.equal(alone.x, plain.x) == (not wanted.pulls)
 
 
 def test_a_request_that_moves_keeps_its_bits(unet: UNet, classifiers: list[Classifier]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import fastdiff
 
 pytest.importorskip("prometheus_client", reason="needs fastdiff[serve]")
 
+from fastdiff.checkpoint import weights as checkpoint_weights
+from fastdiff.generate import cost
 from fastdiff.serve.errors import ApiError
 from fastdiff.serve.limits import Limits
 from fastdiff.serve.live import live, read_form
@@ -90,3 +94,25 @@ def test_an_image_is_changed_where_its_mask_says(worker: Worker) -> None:
     )
     assert torch.equal(done.result.image, alone.image)
     assert worker.served["group_norm_silu"]
+
+
+def test_counting_what_a_cached_image_costs_does_not_hold_up_the_loop(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def empty_model(*args: Any) -> Any:
+        threads.append(threading.current_thread())
+        return checkpoint_weights.empty_model(*args)
+
+    cost.shallow_share.cache_clear()
+    monkeypatch.setattr(cost, "empty_model", empty_model)
+    values = {"prompt": "3", "num_inference_steps": 6, "cache": 2}
+    wanted = read_form(values, worker.facts, LIMITS, served="digits")
+
+    async def last() -> Partial | Done:
+        return [event async for event in live(worker, wanted, LIMITS)][-1]
+
+    assert isinstance(asyncio.run(last()), Done)
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()

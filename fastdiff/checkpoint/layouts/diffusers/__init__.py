@@ -10,7 +10,7 @@ from torch import nn
 
 from fastdiff.checkpoint import bert, text_encoders
 from fastdiff.checkpoint.build import Plan
-from fastdiff.checkpoint.layouts.diffusers import dit, image_noise, unclip
+from fastdiff.checkpoint.layouts.diffusers import dit, image_noise, unclip, upscaling
 from fastdiff.checkpoint.layouts.diffusers.parts import (
     Files,
     find_weights,
@@ -39,7 +39,13 @@ NAME = "diffusers"
 DENOISERS = ("unet", "transformer")
 """Folders of a pipeline that may contain its denoiser."""
 # Parts of a pipeline that do not affect the images.
-LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+LEFT_OUT = (
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+    "requires_safety_checker",
+    "watermarker",
+)
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 XL_SCALE = 0.13025  # scaling_factor of Stable Diffusion XL's autoencoder; 0.18215 in 1 and 2
 
@@ -64,6 +70,9 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     noised = index.get("_class_name") == image_noise.PIPELINE
     if noised:
         known |= set(image_noise.PARTS)
+    enlarges = index.get("_class_name") == upscaling.PIPELINE
+    if enlarges:
+        known.add(upscaling.LOW_RES)
     left_out = [name for name in LEFT_OUT if name in parts.keys() - known]
     if unknown := sorted(parts.keys() - known - set(LEFT_OUT)):
         raise ValueError(
@@ -89,7 +98,8 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     }
     scale = loading.options.scale_factor
     if first is not None:
-        stated = scale_factor(opened[first][0], part_of(folder, first))
+        unscaled = index.get("_class_name") == upscaling.LDM_PIPELINE
+        stated = 1.0 if unscaled else scale_factor(opened[first][0], part_of(folder, first))
         _check_scale(opened.get("unet", ({}, None))[0], stated, given=scale is not None)
         scale = scale or stated
     plans = {
@@ -98,6 +108,7 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     }
     text = _text_plans(folder, parts, loading, files)
     sight = image_noise.plan(folder, parts, files, loading) if noised else None
+    noise = upscaling.picture_noise(folder, index, parts) if enlarges else None
     files.finish(folder)
     if sight is not None:
         image_noise.check(folder, sight, plans[own[0]].model if own else None)
@@ -129,6 +140,8 @@ def load_pipeline(folder: Path, loading: Loading) -> Model:
     _describe(model, opened[own[0]][0] if own else {}, scheduler, loading)
     if sight is not None:
         image_noise.add(model, sight, loading)
+    if noise is not None:
+        upscaling.add(model, noise)
     return model
 
 

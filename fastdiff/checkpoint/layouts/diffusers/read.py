@@ -131,6 +131,11 @@ def _condition_options(options: Options) -> dict[str, Any]:
         {"UpBlock2D": False, "CrossAttnUpBlock2D": True},
     )
     depths = _per_level(options.get("transformer_layers_per_block", 1), levels)
+    crossed = options.get("only_cross_attention", False)
+    if crossed is True:
+        raise options.fail(
+            "only_cross_attention", "given per level, as the middle block has self-attention"
+        )
     if options.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
         raise options.fail("mid_block_type", "'UNetMidBlock2DCrossAttn'")
     kind = options.get("addition_embed_type")
@@ -148,6 +153,7 @@ def _condition_options(options: Options) -> dict[str, Any]:
         "middle_depth": depths[-1],
         "context_dim": _constant(options, "cross_attention_dim", 1280),
         "added_condition_dim": added if kind or embedded else None,
+        "self_attention": tuple(not each for each in crossed) if crossed else (),
         **_heads(options, attention),
     }
 
@@ -283,6 +289,8 @@ LAYERS: Layers = {
     },
     SpatialTransformer: {
         "attn1.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "attn1.q": ("attn1.to_q",),  # without self-attention
+        "attn1.kv": ("attn1.to_k", "attn1.to_v"),
         "attn1.out": ("attn1.to_out.0",),
         "attn2.q": ("attn2.to_q",),
         "attn2.kv": ("attn2.to_k", "attn2.to_v"),

@@ -187,6 +187,11 @@ def _condition_options(config: UNetConfig, linear_projections: bool) -> dict[str
         "attention_head_dim": heads[0] if config.num_heads is not None else heads,
         "use_linear_projection": linear_projections,
         **(
+            {"only_cross_attention": [not each for each in config.self_attention]}
+            if config.self_attention
+            else {}
+        ),
+        **(
             {
                 "addition_embed_type": "text_time",
                 "addition_time_embed_dim": TIME_EMBED_DIM,
