@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from fastdiff.generate.job import InpaintJob, first_step
 from fastdiff.generate.pictures import fitted, read_mask_of, read_picture
 from fastdiff.generate.session import Pass, Session
+from fastdiff.models.concat import erased, inpainting_channels
 
 
 def plan(session: Session, job: InpaintJob) -> Pass:
@@ -38,11 +38,9 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     noise = session.noise(job.seed, tuple(z.shape))
     mask = mask.to(noise)
     if session.facts.extra == "inpainting":
-        small = F.interpolate(mask[None], z.shape[1:])[0]  # nearest neighbour, as in training
-        kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile, job.fit)
-        # GLIDE: the image, and a mask that is 1 where it is kept
-        parts = [kept, 1 - small] if session.facts.pixels else [small, kept]
-        more: dict[str, Any] = {"extra": torch.cat(parts)}
+        kept = session.encoded([job.image, job.mask], erased(image, mask), tile, job.fit)
+        extra = inpainting_channels(kept[None], mask[None], pixels=session.facts.pixels)
+        more: dict[str, Any] = {"extra": extra[0]}
     else:
         # A latent pixel is replaced if any of its image pixels is, so thin strokes are kept.
         small = F.adaptive_max_pool2d(mask[None], z.shape[1:])[0]

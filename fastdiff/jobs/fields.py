@@ -201,9 +201,7 @@ class Builder:
                 if is_url:
                     digest = hashlib.sha256(found[name]).hexdigest()
                     self.fetched.setdefault(row.number, {})[name] = digest
-        job: Any = from_json(
-            nested(values, upsampler=self.facts.extra == "upsampler" or self.facts.embeds_images)
-        )
+        job: Any = from_json(nested(values, upsampler=self.facts.reads_image))
         if isinstance(job, InpaintJob) and (job.height or job.width):
             check_same_size(*(pixels.get(name, values[name]) for name in ("image", "mask")))
         for name, data in pixels.items():
