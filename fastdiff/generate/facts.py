@@ -156,6 +156,12 @@ class Facts:
         return self.model.name
 
     @property
+    def reads_masked_first(self) -> bool:
+        """Whether an inpainting denoiser reads the masked image before the mask: GLIDE's and LDM's,
+        and not those of Stable Diffusion, which read text beside latents."""
+        return self.pixels or not self.reads_text
+
+    @property
     def embeds_images(self) -> bool:
         """Whether the model is conditioned on the embedding of a picture (unCLIP)."""
         return self.model.image_encoder is not None
@@ -164,6 +170,21 @@ class Facts:
     def enlarges_to_latents(self) -> bool:
         """Whether the model reads a low-resolution picture that has the size of its latents."""
         return self.extra == "upsampler" and not self.pixels
+
+    def picture_sides(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """The (height, width) to which a job's picture is cropped and resized; None: as it is.
+
+        height, width: those of the job. An image encoder and an upsampler on pixels resize any
+        picture themselves.
+        """
+        if self.enlarges_to_latents:
+            small = [
+                None if side is None else max(side // self.factor, 1) for side in (height, width)
+            ]
+            return small[0], small[1]
+        if self.embeds_images or self.extra == "upsampler":
+            return None, None
+        return height, width
 
     @property
     def label_classes(self) -> int | None:
@@ -292,9 +313,8 @@ def _size(job: ClassJob | TextJob | InterpolationJob, facts: Facts) -> tuple[int
     picture of their size, the size of the job's picture after enlarging."""
     if not facts.enlarges_to_latents or job.image is None:
         return facts.size(job.height, job.width)
-    factor = facts.factor
-    small = [None if side is None else max(side // factor, 1) for side in (job.height, job.width)]
-    height, width = (factor * side for side in picture_size(job.image, *small))
+    small = picture_size(job.image, *facts.picture_sides(job.height, job.width))
+    height, width = (facts.factor * side for side in small)
     return facts.size(job.height or height, job.width or width)
 
 

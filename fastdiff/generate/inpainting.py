@@ -1,9 +1,9 @@
 """Inpainting: new pixels where the mask is 1, the original ones elsewhere.
 
 A denoiser trained for inpainting reads [x, mask, latents of the masked image], 9 channels in Stable
-Diffusion, or [x, masked image, 1 - mask], 7 channels in GLIDE. With any other denoiser, x outside
-the mask is reset after each row to the image's latents, noised to that level (Lugmayr et al. 2022,
-eq. 8, without resampling).
+Diffusion, [x, masked image, 1 - mask], 7 channels in GLIDE, or [x, latents of the masked image,
+2 mask - 1], 7 channels in LDM. With any other denoiser, x outside the mask is reset after each row
+to the image's latents, noised to that level (Lugmayr et al. 2022, eq. 8, without resampling).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastdiff.generate.job import InpaintJob, first_step
 from fastdiff.generate.pictures import fitted, read_mask_of, read_picture
@@ -38,11 +39,7 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     noise = session.noise(job.seed, tuple(z.shape))
     mask = mask.to(noise)
     if session.facts.extra == "inpainting":
-        small = F.interpolate(mask[None], z.shape[1:])[0]  # nearest neighbour, as in training
-        kept = session.encoded([job.image, job.mask], image * (mask < 0.5).to(image), tile, job.fit)
-        # GLIDE: the image, and a mask that is 1 where it is kept
-        parts = [kept, 1 - small] if session.facts.pixels else [small, kept]
-        more: dict[str, Any] = {"extra": torch.cat(parts)}
+        more: dict[str, Any] = {"extra": _masked(session, job, image, mask, z)}
     else:
         # A latent pixel is replaced if any of its image pixels is, so thin strokes are kept.
         small = F.adaptive_max_pool2d(mask[None], z.shape[1:])[0]
@@ -51,3 +48,21 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     x = noise if job.strength == 1 else level.alpha * z + level.sigma * noise
     size = image.shape[1], image.shape[2]
     return Pass(session=session, request=session.request(job, table, x, size, **more), paste=paste)
+
+
+def _masked(session: Session, job: InpaintJob, image: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+    """What an inpainting denoiser reads after x: the masked image and the mask.
+
+    image: (C, H, W) in [-1, 1]. mask: (1, H, W), 0 or 1. z: the latents of the image.
+    """
+    facts = session.facts
+    small = F.interpolate(mask[None], z.shape[1:])[0]  # nearest neighbour, as in training
+    kept = image * (mask < 0.5).to(image)
+    if facts.reads_masked_first and not facts.pixels:  # LDM masks in [0, 1]: black instead of grey
+        kept = kept - mask.to(image)
+    kept = session.encoded([job.image, job.mask], kept, job.settings.tile or 0, job.fit)
+    if not facts.reads_masked_first:
+        return torch.cat([small, kept])
+    if facts.pixels:
+        return torch.cat([kept, 1 - small])
+    return torch.cat([kept / session.model.scale_factor, 2 * small - 1])

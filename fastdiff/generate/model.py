@@ -105,9 +105,10 @@ class Model(CheckpointModel):
             )
         if frames is not None and control is not None:
             raise ValueError("an interpolation takes no control picture; leave control out")
-        sides = {name: options.get(name) for name in ("height", "width")}
-        if facts.embeds_images:  # an image becomes an embedding, whatever its size
-            sides = dict.fromkeys(sides)
+        names = ("height", "width")
+        sizes = facts.picture_sides(*(options.get(name) for name in names))
+        sides = dict(zip(names, sizes, strict=True))
+        if facts.embeds_images:
             prompts = "" if prompts is None and frames is None else prompts
         if isinstance(last := options.get("to_image"), Image | Result):
             options["to_image"] = _picture(last, facts.image_channels, sides)

@@ -275,7 +275,7 @@ class Builder:
             raise FileNotFoundError(f"no image at {url}") from None
 
     def _pixels(self, name: str, data: bytes, job: Any) -> Any:
-        size = getattr(job, "height", None), getattr(job, "width", None)
+        size = self.facts.picture_sides(getattr(job, "height", None), getattr(job, "width", None))
         if name == "control":  # must have the size of the image; a path is not resized either
             size = None, None
         try:

@@ -166,8 +166,11 @@ def test_one_call_takes_the_size_and_the_defaults(
         assert made.job.text.image_noise == 20
     (plain,) = model.generate("cat", image=given, steps=1)
     assert plain.job.settings.guidance_scale == 9
-    (larger,) = model.generate("cat", image=tmp_path / "small.png", height=64, steps=1)
+    asked: Any = {"height": 64, "steps": 1}  # pictures are resized to a quarter of it
+    (larger,) = model.generate("cat", image=tmp_path / "small.png", **asked)
     assert larger.image.shape == (3, 64, 96)
+    (same,) = model.generate("cat", image=to_pil(given), **asked)
+    assert torch.equal(same.image, larger.image)
 
 
 def test_jobs_of_different_levels_share_a_batch(x4: Any) -> None:

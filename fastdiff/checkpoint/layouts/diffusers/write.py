@@ -350,7 +350,7 @@ def _text_names(model: Model) -> list[str]:
 def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     """The model_index.json of diffusers' pipeline with these parts (name -> class)."""
     text = _text_names(model)
-    pipeline = model.provenance.get("pipeline") or _pipeline(model.denoiser, parts, text)
+    pipeline = model.provenance.get("pipeline") or _pipeline(model, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
     for name, kind in parts.items():
         result[name] = ["diffusers", kind]
@@ -382,17 +382,40 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     return result
 
 
-def _pipeline(unet: nn.Module | None, parts: dict[str, str], text: list[str]) -> str:
+def _pipeline(model: Model, parts: dict[str, str], text: list[str]) -> str:
+    unet = model.denoiser
     if isinstance(unet, DiT):
         return "DiTPipeline"
     if not isinstance(unet, UNet) or unet.config.context_dim is None:
-        return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
+        return _ldm_pipeline(model) if "vqvae" in parts else "DDPMPipeline"
     inpaint = unet.config.in_channels == 9
     if unet.config.added_condition_dim is None:
         return "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline"
     if text == ["text_encoder_2"]:
         return "StableDiffusionXLImg2ImgPipeline"
     return "StableDiffusionXLInpaintPipeline" if inpaint else "StableDiffusionXLPipeline"
+
+
+def _ldm_pipeline(model: Model) -> str:
+    """The pipeline of a U-Net on latents without text.
+
+    Raises:
+        ValueError: the U-Net reads more than x, and not what diffusers' super-resolution does.
+    """
+    config: Any = None if model.denoiser is None else model.denoiser.config
+    if config is None or config.in_channels == config.out_channels:
+        return "LDMPipeline"
+    if config.in_channels - config.out_channels != model.image_channels:
+        raise ValueError(
+            f"diffusers has no pipeline with a U-Net without text that reads {config.in_channels} "
+            f"channels and predicts {config.out_channels}; save a bundle instead"
+        )
+    if model.scale_factor != 1:
+        raise ValueError(
+            f"diffusers' LDMSuperResolutionPipeline has no scale factor, got {model.scale_factor}; "
+            "save a bundle instead"
+        )
+    return "LDMSuperResolutionPipeline"
 
 
 def _write_text(encoder: TextEncoder, name: str, folder: Path, dtype: torch.dtype | None) -> None:
