@@ -13,6 +13,7 @@ from fastdiff.generate.job import (
     CHECKPOINT,
     DEFAULT_SAMPLER,
     ClassJob,
+    ImageToImageJob,
     InpaintJob,
     InterpolationJob,
     Job,
@@ -38,7 +39,7 @@ SMALL = 2**28
 ACTIVATIONS = 64
 """Upper bound on the feature maps of the first level's size that a network holds at once: 25 in
 Stable Diffusion 1's U-Net, 6 in its decoder. Attention scores are never stored."""
-Extra = Literal["none", "inpainting", "upsampler"]
+Extra = Literal["none", "inpainting", "upsampler", "depth"]
 Checked = TypeVar("Checked", SampleSettings, Job)
 
 
@@ -139,7 +140,9 @@ class Facts:
             size_factor=factor * config.size_multiple,
             only_size=None if network.only_side is None else factor * network.only_side,
             image_size=model.image_size,
-            extra=_extra(config.in_channels, channels, image_channels),
+            extra=_extra(
+                config.in_channels, channels, image_channels, depth=reads_text and first is not None
+            ),
             num_classes=classes,
             null_class=null,
             class_names=tuple(model.class_names),
@@ -399,6 +402,7 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"this denoiser reads {reads} channels: {facts.channels} of {what}, a mask and the "
             "image to inpaint; use inpaint, with a mask of ones to generate the whole image"
         )
+    _check_depth(job, facts)
     from_noise = isinstance(job, ClassJob | TextJob)
     if facts.extra == "upsampler" and (not from_noise or getattr(job, "image", None) is None):
         command = "txt2img PROMPT" if facts.reads_text else "sample"
@@ -414,6 +418,18 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
             "image use an ImageToImageJob (fastdiff img2img)"
         )
+
+
+def _check_depth(job: Job, facts: Facts) -> None:
+    """Raise ValueError unless a job has a depth map exactly if the model reads one."""
+    given = isinstance(job, ImageToImageJob) and job.depth is not None
+    if facts.extra == "depth" and not given:
+        raise ValueError(
+            f"{facts.name} changes a picture and reads its depth map, which fastdiff does not "
+            "estimate; pass image= and depth= (fastdiff img2img PROMPT --image FILE --depth FILE)"
+        )
+    if given and facts.extra != "depth":
+        raise ValueError(f"{facts.name} reads no depth map, so depth has no effect; leave it out")
 
 
 def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
@@ -491,8 +507,10 @@ def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -
     return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
-def _extra(reads: int, channels: int, image_channels: int) -> Extra:
-    kinds: dict[int, Extra] = {0: "none", image_channels: "upsampler", channels + 1: "inpainting"}
+def _extra(reads: int, channels: int, image_channels: int, *, depth: bool) -> Extra:
+    """depth: whether a single channel is a depth map."""
+    kinds: dict[int, Extra] = {1: "depth"} if depth else {}
+    kinds |= {0: "none", image_channels: "upsampler", channels + 1: "inpainting"}
     if reads - channels not in kinds:
         raise ValueError(
             f"the denoiser reads {reads} channels and predicts {channels}; fastdiff supports such "

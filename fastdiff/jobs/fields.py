@@ -281,6 +281,8 @@ class Builder:
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
+                if name == "depth":  # of any size
+                    return read_mask(picture)
                 if name == "mask":
                     return read_mask(picture, height=size[0], width=size[1])
                 return read_picture(picture, self.facts.image_channels, *size)

@@ -27,6 +27,7 @@ from fastdiff.generate.session import Session
 from fastdiff.images import save_png, to_pil
 from tests.generate.test_unclip import edited, initial_noise
 from tests.generate.test_unclip_pictures import picture
+from tests.models.test_against_diffusers import randn
 from tests.support.diffusers_models import (
     SCHEDULER,
     UNET,
@@ -109,6 +110,8 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
         "vqvae": seeded("VQModel", first, 2).to(DTYPE),
         "scheduler": diffusers.DDIMScheduler(**SCHEDULER),
     }
+    codes = parts["vqvae"].quantize.embedding.weight
+    codes.copy_(randn(*codes.shape, dtype=DTYPE))  # of the size of latents: their scale counts
     pipe = pipeline("LDMSuperResolutionPipeline", parts)
     return pipe, saved(pipe, root / "model"), root / "model"
 

@@ -32,6 +32,7 @@ from fastdiff.models.unet import UNet, UNetConfig
 VERSION = {"_diffusers_version": "0.34.0"}  # version of these options; pipelines read it
 WEIGHTS = f"{STEMS[0]}.safetensors"
 TIME_EMBED_DIM = 256  # width of the embedding of each of SDXL's sizes and crops
+DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 SAFETENSORS_METADATA = {"format": "pt"}  # diffusers requires it
 
 
@@ -376,6 +377,8 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
             result["requires_aesthetics_score"] = model.provenance.get(
                 "requires_aesthetics_score", text == ["text_encoder_2"]
             )
+    elif pipeline == DEPTH_PIPELINE:  # without an estimator it needs a depth map
+        result["depth_estimator"] = result["feature_extractor"] = [None, None]
     elif pipeline.startswith("StableDiffusion"):
         result["safety_checker"] = result["feature_extractor"] = [None, None]
         result["requires_safety_checker"] = False
@@ -389,6 +392,8 @@ def _pipeline(model: Model, parts: dict[str, str], text: list[str]) -> str:
     if not isinstance(unet, UNet) or unet.config.context_dim is None:
         return _ldm_pipeline(model) if "vqvae" in parts else "DDPMPipeline"
     inpaint = unet.config.in_channels == 9
+    if unet.config.in_channels == unet.config.out_channels + 1:
+        return DEPTH_PIPELINE
     if unet.config.added_condition_dim is None:
         return "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline"
     if text == ["text_encoder_2"]:
