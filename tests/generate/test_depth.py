@@ -149,9 +149,9 @@ def test_it_survives_writing(pair: Any, tmp_path: Path) -> None:
     _, model, _ = pair
     asked: Any = {"prompts": "cat", "image": picture(0, *SIDES), "depth": depth_map(), "steps": 2}
     (expected,) = model.generate(**asked)
-    for layout in ("diffusers", "bundle"):
-        save(model, tmp_path / layout, layout=layout)
-        (again,) = fastdiff.load(tmp_path / layout, dtype=DTYPE).generate(**asked)
-        assert torch.equal(again.image, expected.image)
+    save(model, tmp_path / "diffusers", layout="diffusers")
+    (again,) = fastdiff.load(tmp_path / "diffusers", dtype=DTYPE).generate(**asked)
+    assert torch.equal(again.image, expected.image)
     kind = import_diffusers("StableDiffusionDepth2ImgPipeline").StableDiffusionDepth2ImgPipeline
-    assert kind.from_pretrained(tmp_path / "diffusers").unet.config.in_channels == 5
+    none = {"depth_estimator": None, "feature_extractor": None}
+    assert kind.from_pretrained(tmp_path / "diffusers", **none).unet.config.in_channels == 5
