@@ -22,7 +22,7 @@ from fastdiff.models.controlnet import ControlNet
 from fastdiff.models.network import Network, kind_of
 from fastdiff.models.text import AnyEncoder, TextEncoder
 from fastdiff.models.unclip import CLIPImageEncoder, ImageNoise, ImageProjection
-from fastdiff.names import Prediction
+from fastdiff.names import Extra, Prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,9 @@ class Model:
     state it."""
     prediction: Prediction = "eps"
     """What the denoiser returns."""
+    extra: Extra | None = None
+    """What the denoiser reads in the channels behind x; None: its number of channels decides, see
+    `fastdiff.generate.facts`."""
     sampler: SamplerSettings | None = None
     """The sampler in the files, `sampler.arguments(schedule, steps)` for `build_table`; None if
     they do not name one, or if fastdiff does not support it, as provenance["no_sampler"] then
@@ -169,6 +172,8 @@ class Model:
             if self.schedule is not None:
                 schedule = f"{self.schedule.kind} schedule of {self.schedule.num_timesteps} steps"
             pairs.append(("predicts", f"{self.prediction}, {schedule}"))
+            if self.extra is not None:
+                pairs.append(("reads", f"channels behind x: {self.extra}"))
             config = denoiser.config
             table = self.class_embedding
             classes = config.num_classes if table is None else table.num_embeddings
@@ -286,6 +291,8 @@ def _hash(model: Model) -> str:
             for encoder in model.text_encoders
         ],
     }
+    if model.extra is not None:
+        facts["extra"] = model.extra
     if model.classifier is not None:
         facts["classifier"] = to_dict(model.classifier.config)
     if model.controlnets:

@@ -51,7 +51,7 @@ class ClassOptions(ClassJob):
 
     label: tyro.conf.Suppress[int | str | None] = None
     image: OptionalPath = None
-    """Only for upsamplers: the low-resolution picture to enlarge."""
+    """For upsamplers, the low-resolution picture to enlarge; for models of sketches, the sketch."""
     seed: int = 0
     """Seed of the first image of each class; the following seeds count up from it."""
     variation_seed: OptionalInt = None
@@ -70,7 +70,8 @@ class TextOptions(TextJob):
     prompt: tyro.conf.Suppress[str] = ""
     image: OptionalPath = None
     """For upsamplers, the low-resolution picture to enlarge; for models with an image encoder
-    (unCLIP), the picture to vary."""
+    (unCLIP), the picture to vary; for models of sketches, the
+    sketch."""
     seed: int = 0
     """Seed of the first image of each prompt; the following seeds count up from it."""
     variation_seed: OptionalInt = None

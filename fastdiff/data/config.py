@@ -12,6 +12,8 @@ GREY_SOURCES = ("digits", "mnist-5k")
 """Grey images that a package brings along, with a held-out split."""
 CAPTIONED_SOURCES = ("emoji", "scenes")
 """Coloured images with captions and a held-out split."""
+SKETCHED_SOURCES = ("scenes",)
+"""Sources with a sketch of each image."""
 NAMED_SOURCES = (*GREY_SOURCES, *CAPTIONED_SOURCES)
 EMOJI_STYLES = ("fluent", "noto", "twemoji", "openmoji")
 Split = Literal["train", "held-out"]

@@ -171,6 +171,13 @@ def open_scenes(config: DataConfig) -> ImageDataset:
     )
 
 
+def open_sketches(config: DataConfig) -> torch.Tensor:
+    """The sketches of `open_scenes(config)`, in its order: (N, 1, H, W) uint8."""
+    made = scenes(config.scenes, split=config.split)
+    drawn = np.stack([sketch(scene, config.image_size) for scene in made])
+    return torch.from_numpy(drawn)[:, None]
+
+
 def _draw(source: random.Random) -> Scene | None:
     """A random scene; None if its things found no place."""
     kind = source.choice(("single", "place", "count", "relation", "relation", "relation"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fastdiff.checkpoint.model import Model
 from fastdiff.diffusion.respacing import respacing_steps
@@ -23,7 +23,9 @@ from fastdiff.generate.job import (
 )
 from fastdiff.generate.pictures import picture_size
 from fastdiff.generate.stages import UPSAMPLER_STEPS, check_stages, resolved_text
+from fastdiff.models.concat import extra_channels
 from fastdiff.models.network import NetworkConfig
+from fastdiff.names import Extra
 from fastdiff.runtime.engine import check_cache
 
 LDM_CLASSES = 1000
@@ -39,7 +41,6 @@ SMALL = 2**28
 ACTIVATIONS = 64
 """Upper bound on the feature maps of the first level's size that a network holds at once: 25 in
 Stable Diffusion 1's U-Net, 6 in its decoder. Attention scores are never stored."""
-Extra = Literal["none", "inpainting", "upsampler", "depth"]
 Checked = TypeVar("Checked", SampleSettings, Job)
 
 
@@ -141,7 +142,12 @@ class Facts:
             only_size=None if network.only_side is None else factor * network.only_side,
             image_size=model.image_size,
             extra=_extra(
-                config.in_channels, channels, image_channels, depth=reads_text and first is not None
+                model,
+                config.in_channels,
+                channels,
+                image_channels,
+                factor,
+                depth=reads_text and first is not None,
             ),
             num_classes=classes,
             null_class=null,
@@ -159,15 +165,21 @@ class Facts:
         return self.model.name
 
     @property
-    def reads_masked_first(self) -> bool:
-        """Whether an inpainting denoiser reads the masked image before the mask: GLIDE's and LDM's,
-        and not those of Stable Diffusion, which read text beside latents."""
-        return self.pixels or not self.reads_text
+    def masks_as_ldm(self) -> bool:
+        """Whether an inpainting denoiser reads what LDM's does (inpainting_big): the latents of the
+        masked image before the mask. Models that were trained here state that they do not."""
+        return not self.pixels and not self.reads_text and self.model.extra is None
 
     @property
     def embeds_images(self) -> bool:
         """Whether the model is conditioned on the embedding of a picture (unCLIP)."""
         return self.model.image_encoder is not None
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether a job that starts from noise takes a picture: the small image of an upsampler, a
+        sketch, or the picture whose embedding is the condition."""
+        return self.extra in ("upsampler", "sketch") or self.embeds_images
 
     @property
     def enlarges_to_latents(self) -> bool:
@@ -403,17 +415,31 @@ def _check_condition(job: Job, facts: Facts) -> None:
             "image to inpaint; use inpaint, with a mask of ones to generate the whole image"
         )
     _check_depth(job, facts)
+    _check_image(job, facts)
+
+
+def _check_image(job: Job, facts: Facts) -> None:
+    """Raise ValueError unless a job has the picture that the denoiser reads behind x."""
     from_noise = isinstance(job, ClassJob | TextJob)
-    if facts.extra == "upsampler" and (not from_noise or getattr(job, "image", None) is None):
+    shown = from_noise and getattr(job, "image", None) is not None
+    needs = {
+        "upsampler": "enlarges a small image, and none",
+        "sketch": "draws after a sketch, black on white, and none",
+    }
+    if facts.extra in needs and not shown:
         command = "txt2img PROMPT" if facts.reads_text else "sample"
         raise ValueError(
-            f"{facts.name} enlarges a small image, and none was given; pass image= "
+            f"{facts.name} {needs[facts.extra]} was given; pass image= "
             f"(fastdiff {command} --image FILE)"
         )
     if facts.extra == "upsampler" and getattr(job, "upscale", None) is not None:
         raise ValueError(f"{facts.name} enlarges a picture itself; leave upscale out")
-    shown = from_noise and getattr(job, "image", None) is not None
-    if shown and facts.extra != "upsampler" and not facts.embeds_images:
+    if facts.extra == "sketch" and getattr(job, "upscale", None) is not None:
+        raise ValueError(
+            "upscale cannot be combined with a sketch, which has the size of the first pass; leave "
+            "upscale out, or enlarge the result with a model for image to image"
+        )
+    if shown and not facts.reads_image:
         raise ValueError(
             f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
             "image use an ImageToImageJob (fastdiff img2img)"
@@ -507,17 +533,35 @@ def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -
     return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
-def _extra(reads: int, channels: int, image_channels: int, *, depth: bool) -> Extra:
-    """depth: whether a single channel is a depth map."""
+def _extra(
+    model: Model, reads: int, channels: int, image_channels: int, factor: int, *, depth: bool
+) -> Extra:
+    """What the channels behind x are: what the files say, else what their number tells.
+
+    depth: whether a single channel is a depth map.
+    """
+    stated = model.extra
+    if stated is None and reads == channels:
+        return "none"
+    numbers: dict[Extra, int] = {
+        kind: extra_channels(kind, channels=channels, image_channels=image_channels, factor=factor)
+        for kind in get_args(Extra)
+    }
+    if stated is not None and reads - channels != numbers[stated]:
+        raise ValueError(
+            f"the denoiser of {model.path} reads {reads} channels, expected "
+            f"{channels + numbers[stated]} for x and {stated!r}; use the autoencoder that it was "
+            "trained with"
+        )
     kinds: dict[int, Extra] = {1: "depth"} if depth else {}
-    kinds |= {0: "none", image_channels: "upsampler", channels + 1: "inpainting"}
-    if reads - channels not in kinds:
+    kinds |= {numbers[k]: k for k in ("none", "upsampler", "inpainting")}
+    if stated is None and reads - channels not in kinds:
         raise ValueError(
             f"the denoiser reads {reads} channels and predicts {channels}; fastdiff supports such "
             f"denoisers with {' or '.join(str(channels + more) for more in sorted(kinds))} input "
             "channels"
         )
-    return kinds[reads - channels]
+    return kinds[reads - channels] if stated is None else stated
 
 
 def _check_context(model: Model, config: NetworkConfig) -> None:

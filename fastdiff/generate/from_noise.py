@@ -13,6 +13,7 @@ from fastdiff.generate.pictures import read_picture
 from fastdiff.generate.session import Pass, Session
 from fastdiff.generate.slerp import slerp
 from fastdiff.images import enlarged
+from fastdiff.models.concat import sketch_channels
 
 
 def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = None) -> Pass:
@@ -35,12 +36,31 @@ def plan(session: Session, job: ClassJob | TextJob, refiner: Session | None = No
         then = upscale.second_pass(session, job, job.upscale)
     table = session.table(job.settings, stop=stop)
     x = x * table.initial_sigma
-    extra = None
-    if job.image is not None and session.facts.extra == "upsampler":
-        extra = _small_picture(session, job, x)
+    extra = _extra(session, job, x)
     return Pass(
         session=session, request=session.request(job, table, x, size, extra=extra), then=then
     )
+
+
+def _extra(session: Session, job: ClassJob | TextJob, x: Tensor) -> Tensor | None:
+    """What the denoiser reads behind x of a job's picture, (K, h, w); None if it reads none.
+
+    Raises:
+        ValueError: the picture cannot be read, or a sketch has another size than the image.
+    """
+    facts = session.facts
+    if job.image is None or facts.extra not in ("upsampler", "sketch"):
+        return None
+    if facts.extra == "upsampler":
+        return _small_picture(session, job, x)
+    sketch = read_picture(job.image, 1, None, None)
+    if sketch.shape[1:] != (job.height, job.width):
+        raise ValueError(
+            f"a sketch must have the size of the image, {job.width} x {job.height}, got "
+            f"{sketch.shape[2]} x {sketch.shape[1]} (width x height); resize it, or set height and "
+            "width"
+        )
+    return sketch_channels(sketch[None], facts.factor)[0].to(x)
 
 
 def _small_picture(session: Session, job: ClassJob | TextJob, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff.generate.job import InpaintJob, first_step
 from fastdiff.generate.pictures import fitted, read_mask_of, read_picture
 from fastdiff.generate.session import Pass, Session
+from fastdiff.models.concat import erased, inpainting_channels
 
 
 def plan(session: Session, job: InpaintJob) -> Pass:
@@ -39,7 +40,7 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     noise = session.noise(job.seed, tuple(z.shape))
     mask = mask.to(noise)
     if session.facts.extra == "inpainting":
-        more: dict[str, Any] = {"extra": _masked(session, job, image, mask, z)}
+        more: dict[str, Any] = {"extra": _masked(session, job, image, mask)}
     else:
         # A latent pixel is replaced if any of its image pixels is, so thin strokes are kept.
         small = F.adaptive_max_pool2d(mask[None], z.shape[1:])[0]
@@ -50,19 +51,16 @@ def plan(session: Session, job: InpaintJob) -> Pass:
     return Pass(session=session, request=session.request(job, table, x, size, **more), paste=paste)
 
 
-def _masked(session: Session, job: InpaintJob, image: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-    """What an inpainting denoiser reads after x: the masked image and the mask.
+def _masked(session: Session, job: InpaintJob, image: Tensor, mask: Tensor) -> Tensor:
+    """What an inpainting denoiser reads behind x: the masked image and the mask.
 
-    image: (C, H, W) in [-1, 1]. mask: (1, H, W), 0 or 1. z: the latents of the image.
+    image: (C, H, W) in [-1, 1]. mask: (1, H, W), 0 or 1.
     """
-    facts = session.facts
-    small = F.interpolate(mask[None], z.shape[1:])[0]  # nearest neighbour, as in training
-    kept = image * (mask < 0.5).to(image)
-    if facts.reads_masked_first and not facts.pixels:  # LDM masks in [0, 1]: black instead of grey
-        kept = kept - mask.to(image)
+    facts, kept = session.facts, erased(image, mask)
+    if facts.masks_as_ldm:
+        kept = kept - mask.to(image)  # LDM masks in [0, 1]: black instead of grey
     kept = session.encoded([job.image, job.mask], kept, job.settings.tile or 0, job.fit)
-    if not facts.reads_masked_first:
-        return torch.cat([small, kept])
-    if facts.pixels:
-        return torch.cat([kept, 1 - small])
+    if not facts.masks_as_ldm:
+        return inpainting_channels(kept[None], mask[None], pixels=facts.pixels)[0]
+    small = F.interpolate(mask[None], kept.shape[1:])[0]
     return torch.cat([kept / session.model.scale_factor, 2 * small - 1])

@@ -308,12 +308,12 @@ PLAIN, PLAIN_TEXT, PLAIN_CONTROL = SampleSettings(), TextSettings(), ControlSett
 
 @dataclass(frozen=True, kw_only=True)
 class ClassJob:
-    """An image of a class or without class; with an upsampler, from a small image."""
+    """An image of a class or without class; with an upsampler, from a small image; or a sketch."""
 
     label: int | str | None = None
     """The class by number or name; None: no class."""
     image: Picture | None = None
-    """Only for upsamplers: the low-resolution image to enlarge."""
+    """For upsamplers, the low-resolution image to enlarge; for models of sketches, the sketch."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None
@@ -341,7 +341,7 @@ class TextJob:
     chunk."""
     image: Picture | None = None
     """For upsamplers, the low-resolution image to enlarge; for models with an image encoder
-    (unCLIP), the picture to vary."""
+    (unCLIP), the picture to vary; for models of sketches, the sketch."""
     seed: int = 0
     """Seed of all randomness in the image."""
     variation_seed: int | None = None

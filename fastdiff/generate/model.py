@@ -260,7 +260,7 @@ def _kind(
             raise ValueError("mask needs image, the picture to change; give image as well")
         return InpaintJob
     if image is not None:
-        if facts.extra == "upsampler" or facts.embeds_images:
+        if facts.reads_image:
             return ClassJob if prompts is None else TextJob
         return UpscaleJob if "scale" in options else ImageToImageJob
     return ClassJob if prompts is None else TextJob

@@ -196,9 +196,7 @@ class Builder:
                 if is_url:
                     digest = hashlib.sha256(found[name]).hexdigest()
                     self.fetched.setdefault(row.number, {})[name] = digest
-        job: Any = from_json(
-            nested(values, upsampler=self.facts.extra == "upsampler" or self.facts.embeds_images)
-        )
+        job: Any = from_json(nested(values, upsampler=self.facts.reads_image))
         for name, data in pixels.items():
             job = replace(job, **{name: self._pixels(name, data, job)})
         checked: Job = check(job, self.facts)

@@ -10,6 +10,7 @@ from fastdiff.training.autoencoder import (
     train_autoencoder,
 )
 from fastdiff.training.classifier import ClassifierRun, train_classifier
+from fastdiff.training.concat import ConcatConfig
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.derive import for_data
 from fastdiff.training.describe import describe
@@ -27,6 +28,7 @@ __all__ = [
     "AutoencoderLossConfig",
     "AutoencoderRun",
     "ClassifierRun",
+    "ConcatConfig",
     "DenoiserLossConfig",
     "DiffusionRun",
     "OptimizationConfig",

@@ -60,9 +60,11 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
         if first.autoencoder is not None:
             latent = first.autoencoder
             side = data.image_size // latent.downsample_factor
-            model = _taking(model, latent.config.latent_channels, side)
+            more = _concatenated(run, latent.config.latent_channels, data, latent.downsample_factor)
+            model = _taking(model, latent.config.latent_channels, side, more)
     else:
-        model = _taking(model, channels, data.image_size, upsampler=bool(run.low_resolution))
+        more = channels if run.low_resolution else _concatenated(run, channels, data, 1)
+        model = _taking(model, channels, data.image_size, more)
     if data.source != "folder":
         return replace(run, data=data, model=model)
     return replace(
@@ -75,9 +77,15 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
     )
 
 
-def _taking(model: Any, channels: int, side: int, *, upsampler: bool = False) -> Any:
-    """Change a denoiser's config to samples of (channels, side, side)."""
+def _concatenated(run: DiffusionRun[Any], channels: int, data: DataConfig, factor: int) -> int:
+    """Input channels that a run's concatenated picture takes behind those of x."""
+    return run.concat.channels(channels=channels, image_channels=data.channels, factor=factor)
+
+
+def _taking(model: Any, channels: int, side: int, more: int) -> Any:
+    """Change a denoiser's config to samples of (channels, side, side), with `more` channels behind
+    x."""
     out = channels * (2 if model.learned_sigma else 1)
     if hasattr(model, "sample_size"):
         model = replace(model, sample_size=side)
-    return replace(model, in_channels=channels * (1 + upsampler), out_channels=out)
+    return replace(model, in_channels=channels + more, out_channels=out)

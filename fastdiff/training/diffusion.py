@@ -13,6 +13,7 @@ from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
 from fastdiff.names import Prediction
+from fastdiff.training.concat import ConcatConfig, check_concat
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
 from fastdiff.training.text import TextConfig, check_text
@@ -82,6 +83,10 @@ class DiffusionRun(Generic[NetworkConfigT]):
     again (Nichol and Dhariwal 2021, section 4); on pixels, with twice the in_channels. 0: no
     upsampler."""
 
+    concat: ConcatConfig = field(default_factory=ConcatConfig)
+    """A picture that the denoiser reads behind x: an image to inpaint, or a sketch (Rombach et al.
+    2022, section 3.3)."""
+
     class_dropout: float = 0.1
     """Fraction of labels replaced by "no class", and of captions replaced by an empty one, for
     classifier-free guidance."""
@@ -132,6 +137,7 @@ class DiffusionRun(Generic[NetworkConfigT]):
                 f"low_resolution must be from 1 to {side - 1}, below image_size, and 0 with an "
                 f"autoencoder, got {self.low_resolution}"
             )
+        check_concat(self.concat, self.data, self.low_resolution)
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"prediction must be eps, v, x0 or flow, got {self.prediction!r}")
         check_flow(self.schedule.kind, self.prediction)

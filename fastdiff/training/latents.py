@@ -78,11 +78,31 @@ class Latents:
         noise = drawn(mean.shape, self.batches.order.batch_size, source, rows)
         return mean + std * noise, labels
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images to what `batch` is without noise: the scaled modes of their latents.
+
+        images: (N, image_channels, H, W) in [-1, 1]. Returns (N, C, h, w); on pixels the images.
+        """
+        if self.autoencoder is None:
+            return images
+        return self.autoencoder.encode_latent(images) * self.scale_factor
+
+    def views_of(self, step: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Indices (N,) of a step's images, and the epochs (N,) whose augmentation they have."""
+        indices, epochs = self.batches.places(step, rows)
+        return indices, epochs if self._views is None else epochs % len(self._views)
+
+    @property
+    def factor(self) -> int:
+        """Ratio of the sides of the images to those of x0."""
+        return 1 if self.autoencoder is None else self.autoencoder.downsample_factor
+
     def shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of one sample, for images with sides of `image_size` pixels."""
         if self.autoencoder is None:
             return self.batches.config.channels, image_size, image_size
-        side = image_size // self.autoencoder.downsample_factor
+        side = image_size // self.factor
         return self.autoencoder.config.latent_channels, side, side
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -124,9 +144,9 @@ class Latents:
         return torch.cat(rows).unflatten(0, (views, len(dataset)))
 
     def _from_views(self, views: Tensor, step: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        indices, epochs = self.batches.places(step, rows)
+        indices, chosen = self.views_of(step, rows)
         device = self.batches.device
-        moments = views[(epochs % len(views)).to(device), indices.to(device)]
+        moments = views[chosen.to(device), indices.to(device)]
         return moments, self.batches.dataset.labels[indices].to(device)
 
 

@@ -11,6 +11,7 @@ from fastdiff.models.discriminator import DiscriminatorConfig
 from fastdiff.models.presets import AUTOENCODERS, CLASSIFIERS, DITS, UNETS, UVITS
 from fastdiff.training.autoencoder import AutoencoderLossConfig, AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
+from fastdiff.training.concat import ConcatConfig, ConcatKind
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.diffusion import DiffusionRun, PreviewConfig
 from fastdiff.training.objective import DenoiserLossConfig
@@ -133,6 +134,26 @@ def _text_to_image(
 
 # Drawings are moved and scaled a little, on white; not mirrored, because of clocks and words.
 _DRAWINGS = AugmentConfig(shift=2, scale=0.06, rotation=4, probability=0.8, fill="border")
+
+_SCENES = _text_to_image(
+    UNETS["scenes"],
+    _captioned("scenes", 32),
+    "runs/scenes-text",
+    steps=12000,
+    text=TextConfig(layers=2, heads=4, tokens=24, vocabulary=512),
+    latent_views=1,
+)
+
+
+def _concatenating(kind: ConcatKind, in_channels: int, folder: str) -> DiffusionRun[Any]:
+    """The denoiser of captioned scenes, which also reads a picture."""
+    return replace(
+        _SCENES,
+        model=replace(_SCENES.model, in_channels=in_channels),
+        concat=ConcatConfig(kind=kind),
+        output=replace(_SCENES.output, folder=folder),
+    )
+
 
 TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] = {
     "digits-autoencoder": AutoencoderRun(
@@ -257,14 +278,10 @@ TRAINING_PRESETS: dict[str, AutoencoderRun | ClassifierRun | DiffusionRun[Any]] 
     "scenes-autoencoder": _first_stage(
         _captioned("scenes", 32), "runs/scenes-autoencoder", steps=3000
     ),
-    "scenes-text": _text_to_image(
-        UNETS["scenes"],
-        _captioned("scenes", 32),
-        "runs/scenes-text",
-        steps=12000,
-        text=TextConfig(layers=2, heads=4, tokens=24, vocabulary=512),
-        latent_views=1,
-    ),
+    "scenes-text": _SCENES,
+    # a picture behind x: Rombach et al. 2022, section 3.3; the same U-Net with more channels
+    "scenes-inpainting": _concatenating("inpainting", 4 + 5, "runs/scenes-inpainting"),
+    "scenes-sketch": _concatenating("sketch", 4 + 16, "runs/scenes-sketch"),
     "tiny-classifier": ClassifierRun(
         model=replace(CLASSIFIERS["tiny"], dropout=0.1),
         guides="digits",

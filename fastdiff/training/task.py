@@ -28,6 +28,7 @@ from fastdiff.runtime.engine import Request
 from fastdiff.runtime.prepare import prepare
 from fastdiff.runtime.run import run
 from fastdiff.training.batches import Batches, check_model_fits, drawn
+from fastdiff.training.concat import Concat
 from fastdiff.training.diffusion import DiffusionRun
 from fastdiff.training.latents import Latents, first_stage
 from fastdiff.training.memory import check_training, training_bytes
@@ -101,6 +102,7 @@ class DiffusionTask:
             first_stage_hash=self.bundle.weights_hash if self.bundle else "",
             views=run.latent_views,
         )
+        self.concat = None if run.concat.kind == "none" else Concat(run.concat, self.latents)
         self.origin: dict[str, str] | None = None
 
     def _with_text(self, dataset: ImageDataset) -> tuple[Captions | None, nn.Module]:
@@ -151,8 +153,8 @@ class DiffusionTask:
         """The batch of a step, or some of its rows.
 
         x0 (N, C, h, w), scaled; noise of the same shape; t (N,); y (N,) if the model has classes;
-        weight (N,) of the losses if timesteps are not drawn uniformly; extra (N, C, h, w), what an
-        upsampler enlarges; ids (N, T) of the captions.
+        weight (N,) of the losses if timesteps are not drawn uniformly; extra (N, K, h, w), what an
+        upsampler enlarges, or another concatenated picture; ids (N, T) of the captions.
         """
         run, size = self.run, self.run.optimization.batch_size
         mine = slice(None) if rows is None else rows
@@ -161,6 +163,8 @@ class DiffusionTask:
         batch = {"x0": x0, "noise": drawn(x0.shape, size, source, rows)}
         if run.low_resolution:
             batch["extra"] = enlarged(reduced(x0, run.low_resolution), x0.shape[2:])
+        if self.concat is not None:
+            batch["extra"] = self.concat.batch(step, rows)
         if self.resampler is None:
             batch["t"] = self.timesteps(step)[mine]
         else:
@@ -228,7 +232,8 @@ class DiffusionTask:
         """Sample images with the preview's sampler, as the exported model does for these seeds.
 
         labels: one class per seed; None for a model without classes. An upsampler enlarges an
-        image of the data for each; a model with text shows captions of the data.
+        image of the data for each, and a concatenated picture is that of an image of the data; a
+        model with text shows captions of the data.
 
         Returns (N, C, H, W) in [-1, 1].
         """
@@ -240,7 +245,7 @@ class DiffusionTask:
         noise = philox_normal(
             torch.tensor(list(seeds), device=self.device), shape, step=0, stream=INITIAL_NOISE
         )
-        extra = self._enlarged_examples(labels) if self.run.low_resolution else None
+        extra = self._extra_examples(labels)
         requests = [
             Request(
                 table=table,
@@ -278,15 +283,27 @@ class DiffusionTask:
         guided = self.run.model.null_class or captioned
         return self.run.preview.guidance_scale if guided else 1.0
 
-    def _enlarged_examples(self, labels: Sequence[int | None]) -> Tensor:
-        """For each label an image of the data that has it, reduced and enlarged: (N, C, H, W)."""
+    def _extra_examples(self, labels: Sequence[int | None]) -> Tensor | None:
+        """What the denoiser reads behind x, for an image of the data per label: (N, K, h, w); None
+        if it reads nothing."""
+        if self.concat is None and not self.run.low_resolution:
+            return None
+        places = self._examples(labels)
+        if self.concat is not None:
+            return self.concat.examples(places)
+        images = self.batches.dataset.batch(places)[0].to(self.device)
+        return enlarged(reduced(images, self.run.low_resolution), images.shape[2:])
+
+    def _examples(self, labels: Sequence[int | None]) -> Tensor:
+        """An image of the data per label, which has it; with text, those of the captions shown."""
+        if self.captions is not None:
+            return self.captions.places(len(labels))
         own, used, chosen = self.batches.dataset.labels, dict[int | None, int](), []
         for label in labels:
             places = torch.arange(len(own)) if label is None else torch.nonzero(own == label)
             turn = used[label] = used.get(label, -1) + 1
             chosen.append(int(places.flatten()[turn % len(places)]))
-        images = self.batches.dataset.batch(torch.tensor(chosen))[0].to(self.device)
-        return enlarged(reduced(images, self.run.low_resolution), images.shape[2:])
+        return torch.tensor(chosen)
 
     def _preview_table(self) -> SamplerTable:
         """The preview's table: guided only if there is a null class, clamped only on pixels."""
@@ -321,6 +338,7 @@ class DiffusionTask:
             autoencoder=bundle.autoencoder if bundle else None,
             denoiser=denoiser,
             text_encoders=encoders,
+            extra=None if run.concat.kind == "none" else run.concat.kind,
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.latents.scale_factor,
@@ -393,7 +411,8 @@ def check_parts_fit(
 ) -> None:
     """Raise ValueError unless data, first stage and denoiser fit together."""
     model = run.model
-    channels = model.in_channels
+    factor = 1 if autoencoder is None else autoencoder.downsample_factor
+    channels = model.in_channels - _concatenated(run, autoencoder)
     if run.low_resolution:
         if channels != 2 * run.data.channels:
             raise ValueError(
@@ -412,20 +431,39 @@ def check_parts_fit(
             f"the denoiser has {wanted} classes, the data has {len(classes)}; "
             f"set model num_classes to {len(classes) or None}"
         )
-    if autoencoder is not None and autoencoder.config.latent_channels != model.in_channels:
+    if autoencoder is not None and autoencoder.config.latent_channels != channels:
         raise ValueError(
             f"the autoencoder's latents have {autoencoder.config.latent_channels} channels, the "
-            f"denoiser takes {model.in_channels}; set model in_channels and out_channels to match"
+            f"denoiser takes {channels}; set model in_channels and out_channels to match"
         )
     wanted_out = channels * (2 if model.learned_sigma else 1)
     if model.out_channels != wanted_out:
         raise ValueError(
             f"the denoiser must return {wanted_out} channels, got out_channels={model.out_channels}"
         )
-    factor = 1 if autoencoder is None else autoencoder.downsample_factor
     # A network can run on sizes that do not halve evenly, but training on them is a mistake.
     step = factor * getattr(model, "downsample_factor", model.size_multiple)
     if run.data.image_size % step:
         raise ValueError(
             f"image_size must be a multiple of {step} for these models, got {run.data.image_size}"
         )
+
+
+def _concatenated(run: DiffusionRun[Any], autoencoder: Autoencoder | None) -> int:
+    """Input channels that a concatenated picture takes.
+
+    Raises:
+        ValueError: the denoiser has another number of input channels.
+    """
+    if run.concat.kind == "none":
+        return 0
+    first, factor = run.data.channels, 1
+    if autoencoder is not None:
+        first, factor = autoencoder.config.latent_channels, autoencoder.downsample_factor
+    more = run.concat.channels(channels=first, image_channels=run.data.channels, factor=factor)
+    if run.model.in_channels != first + more:
+        raise ValueError(
+            f"concat kind {run.concat.kind!r} takes {more} input channels behind the {first} of x, "
+            f"got in_channels={run.model.in_channels}; set model in_channels to {first + more}"
+        )
+    return more

@@ -148,8 +148,11 @@ class Captions:
 
     def examples(self, count: int) -> list[str]:
         """Full captions for previews, evenly spread over the data set."""
-        places = torch.linspace(0, len(self.full) - 1, count).long().tolist()
-        return [self.full[place] for place in places]
+        return [self.full[place] for place in self.places(count).tolist()]
+
+    def places(self, count: int) -> Tensor:
+        """The images of `examples`: (count,) int64."""
+        return torch.linspace(0, len(self.full) - 1, count).long()
 
     @torch.no_grad()
     def conditions(

@@ -51,7 +51,7 @@ from fastdiff.models.network import kind_of, network_family
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
 from fastdiff.models.tokenizer import Tokenizer
-from fastdiff.names import Prediction
+from fastdiff.names import Extra, Prediction
 
 NAME = "bundle"
 UNET = "unet"  # the kind of denoiser if config.json does not name one
@@ -87,6 +87,8 @@ class Stored:
     classifier: ClassifierConfig | None = None
     text_encoder: TextTransformerConfig | None = None
     sampler: SamplerSettings | None = None
+    extra: Extra | None = None
+    """What the denoiser reads in the channels behind x, where their number does not tell."""
 
     @property
     def denoiser(self) -> Any:
@@ -262,6 +264,7 @@ def _stored(model: Model) -> dict[str, Any]:
         kind=kind,
         schedule=model.schedule,
         prediction=model.prediction,
+        extra=model.extra,
         scale_factor=model.scale_factor,
         guidance_scale=model.guidance_scale,
         class_names=model.class_names,
@@ -273,7 +276,7 @@ def _stored(model: Model) -> dict[str, Any]:
     )
     data = to_dict(stored)
     optional = {"kind": UNET, CLASS_EMBEDDING: None, "sampler": None, CLASSIFIER: None}
-    optional |= {TEXT_ENCODER: None, "guidance_scale": None}
+    optional |= {TEXT_ENCODER: None, "guidance_scale": None, "extra": None}
     for name, absent in optional.items():
         if data[name] == absent:
             del data[name]
@@ -342,6 +345,7 @@ def load_bundle(
         schedule=stored.schedule,
         prediction=stored.prediction,
         sampler=stored.sampler,
+        extra=stored.extra,
         scale_factor=stored.scale_factor,
         guidance_scale=stored.guidance_scale,
         image_size=stored.image_size,

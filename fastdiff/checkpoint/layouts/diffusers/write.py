@@ -112,6 +112,12 @@ def _denoiser(model: Model) -> UNet | DiT | None:
             "fastdiff writes no ControlNets into diffusers folders; save the model without "
             "controlnet, and give it when the folder is loaded"
         )
+    channels = None if model.denoiser is None else model.denoiser.config.in_channels
+    if model.extra not in (None, "none") and (model.extra, channels) != ("inpainting", 9):
+        raise ValueError(
+            f"{model.name} reads {model.extra} channels behind x, for which diffusers has no "
+            f"pipeline with {channels} input channels; save it as a bundle"
+        )
     if "class_embed_type" in model.provenance:
         raise ValueError(
             "fastdiff cannot write a U-Net that reads an image embedding; copy its folder"
