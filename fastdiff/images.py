@@ -27,6 +27,7 @@ from PIL import (
 )
 from torch import Tensor
 
+from fastdiff.colours import to_srgb
 from fastdiff.files import atomic_file, numbered, one_line_errors
 from fastdiff.memory import check_memory
 
@@ -106,8 +107,8 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-Source = str | os.PathLike[str] | Image.Image
-"""An image file, or a Pillow image."""
+Source = str | os.PathLike[str] | bytes | Image.Image
+"""An image file, the bytes of one, or a Pillow image."""
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
@@ -124,11 +125,12 @@ def enlarged(images: Tensor, size: Sequence[int]) -> Tensor:
 def read_image(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:
     """Read a picture of any kind as RGB: (3, H, W) fp32 in [-1, 1].
 
-    The EXIF orientation is applied, grey and palette images become RGB, and transparent pixels are
-    composited onto white.
+    The EXIF orientation is applied, the colours of an embedded ICC profile become sRGB, grey,
+    palette and CMYK images become RGB, 16 bits 8, and transparent pixels are composited onto white.
+    Of an animation the first frame is read.
 
     Args:
-        source: an image file, or a Pillow image.
+        source: an image file, the bytes of one, or a Pillow image.
         height, width: the picture is cropped around its centre and resized to this size. A side
             that is None follows from the other one and the picture's proportions.
 
@@ -139,30 +141,59 @@ def read_image(source: Source, *, height: int | None = None, width: int | None =
     return _read(source, "RGB", height, width) * 2 - 1
 
 
+def read_grey(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:
+    """Read a picture of any kind as grey levels: (1, H, W) fp32 in [-1, 1], otherwise as
+    :func:`read_image`."""
+    return _read(source, "L", height, width) * 2 - 1
+
+
 def read_mask(source: Source, *, height: int | None = None, width: int | None = None) -> Tensor:
     """Read a mask, white where the image is to be replaced: (1, H, W) fp32 in [0, 1].
 
-    Arguments and errors are those of `read_image`.
+    Arguments are those of `read_image`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: as for `read_image`, or the mask has transparent pixels, which some programs
+            leave where the image is to be replaced, and others where it is to be kept.
     """
-    return _read(source, "L", height, width)
+    return _read(source, "L", height, width, opaque=True)
 
 
 @one_line_errors()
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Height and width of an image file, upright; its pixels are not read.
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of an image file, its bytes or a Pillow image, upright; a file's pixels are
+    not read.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read.
     """
-    file = _existing(path)
+    if isinstance(source, Image.Image):
+        return _upright_size(source)
+    file = source if isinstance(source, bytes) else _existing(source)
     try:
-        with Image.open(file, formats=_formats()) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        with Image.open(_stream(file), formats=_formats()) as image:
+            return _upright_size(image)
     except UNREADABLE as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
-    return (width, height) if turned else (height, width)
+        raise ValueError(f"{_name(file)} cannot be read: {reason(error)}") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    turned = turned and image.format != "TIFF"  # Pillow turns these itself
+    return image.size if turned else (image.height, image.width)
+
+
+def _stream(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _name(source: Path | bytes | Image.Image) -> str:
+    """What an error calls a picture."""
+    if isinstance(source, Path):
+        return str(source)
+    return "the Pillow image" if isinstance(source, Image.Image) else "the picture"
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -173,22 +204,29 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 
 @one_line_errors()
-def _read(source: Source, mode: str, height: int | None, width: int | None) -> Tensor:
-    """Convert an image to a Pillow mode: (C, H, W) fp32 in [0, 1]."""
+def _read(
+    source: Source, mode: str, height: int | None, width: int | None, *, opaque: bool = False
+) -> Tensor:
+    """Convert an image to a Pillow mode: (C, H, W) fp32 in [0, 1]. opaque: no transparency."""
     for which, side in (("height", height), ("width", width)):
         if side is not None and not 1 <= side <= MAX_SIDE:
             raise ValueError(f"{which} must be 1 to {MAX_SIDE} pixels, got {side}")
-    if not isinstance(source, str | os.PathLike | Image.Image):
+    if not isinstance(source, str | os.PathLike | bytes | Image.Image):
         raise ValueError(f"expected an image file or a Pillow image, got {type(source).__name__}")
-    what = source if isinstance(source, Image.Image) else _existing(source)
+    what = source if isinstance(source, Image.Image | bytes) else _existing(source)
+    name = _name(what)
     try:
-        if isinstance(what, Path):
-            picture = open_flat(what, WHITE).convert(mode)
-        else:
-            picture = _flatten(_upright(what), WHITE).convert(mode)
+        stored = _upright(what) if isinstance(what, Image.Image) else _opened(what)
+        clear = opaque and _transparent(stored)
+        picture = _flatten(stored, WHITE).convert(mode)
     except UNREADABLE as error:
-        name = what if isinstance(what, Path) else "the Pillow image"
         raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+    if clear:
+        raise ValueError(
+            f"{name} has transparent pixels, expected an opaque mask, white where the image is to "
+            "be replaced and black elsewhere; flatten it onto black, or onto white if it is "
+            "transparent where the image is to be replaced"
+        )
     if not picture.width or not picture.height:
         raise ValueError(f"the image has no pixels, got {picture.width} x {picture.height}")
     if height is not None or width is not None:
@@ -536,13 +574,27 @@ def open_flat(source: Path | bytes, background: tuple[int, int, int]) -> Image.I
     Raises:
         Exception: the file cannot be read; Pillow's plugins raise many types (`UNREADABLE`).
     """
+    return _flatten(_opened(source), background)
+
+
+def _opened(source: Path | bytes) -> Image.Image:
+    """The first frame of an image file, upright."""
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise ValueError("not a regular file")  # opening a named pipe would block forever
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    with Image.open(stream, formats=_formats()) as image:
+    with Image.open(_stream(source), formats=_formats()) as image:
         image.seek(0)
         image.load()
-        return _flatten(_upright(image), background)
+        return _upright(image)
+
+
+def _transparent(image: Image.Image) -> bool:
+    """Whether a pixel of an image is not opaque."""
+    if image.mode in _SIXTEEN_BIT:
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return False
+    alpha = image.convert("LA" if image.mode in _GREY else "RGBA").getchannel("A")
+    return alpha.getextrema()[0] != 255
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -596,17 +648,33 @@ def reason(error: BaseException) -> str:
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Convert to 8 bits per channel, without palette or transparency."""
+    """Convert to 8 bits per channel in sRGB, without palette or transparency."""
+    profile = image.info.get("icc_profile")
     if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(
-                f"expected integer values of 16 bits, got {values.min()} to {values.max()}"
-            )
-        return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode == "F":
-        raise ValueError("the range of its floating-point values is unknown")
+        raise ValueError(
+            "the range of its floating-point values is unknown; save it with 8 or 16 bits"
+        )
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)
-    return image.convert("RGB") if image.mode not in ("L", "RGB") else image
+        layer = to_srgb(image.convert("LA" if image.mode in _GREY else "RGBA"), profile)
+        below = Image.new("RGBA", layer.size, (*background, 255))
+        return Image.alpha_composite(below, layer.convert("RGBA"))
+    if image.mode not in ("L", "RGB", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    flat = to_srgb(image, profile)
+    return flat.convert("RGB") if flat.mode == "CMYK" else flat
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Round grey levels of 16 bits to 8; mode LA if one of them stands for transparency."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(
+            f"expected integer values of 16 bits, got {values.min()} to {values.max()}; save it "
+            "with 8 or 16 bits"
+        )
+    levels = Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # PNG's tRNS
+        levels.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return levels

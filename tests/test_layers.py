@@ -28,7 +28,9 @@ LEVELS = {
     **dict.fromkeys(["generate", "integrations", "training", "evaluation"], 3),
     **dict.fromkeys(["runtime", "checkpoint", "data"], 2),
     **dict.fromkeys(["models", "diffusion"], 1),
-    **dict.fromkeys(["kernels", "files", "configs", "images", "extras", "names", "memory"], 0),
+    **dict.fromkeys(
+        ["kernels", "files", "configs", "images", "colours", "extras", "names", "memory"], 0
+    ),
 }
 """Room -> its floor. A file may import its own floor and those below."""
 STRANGERS = {("models", "diffusion"), ("diffusion", "models")}

@@ -32,7 +32,7 @@ from fastdiff.generate.job import (
     UpscaleJob,
     frames_of,
 )
-from fastdiff.generate.pictures import read_picture
+from fastdiff.generate.pictures import check_same_size, read_picture
 from fastdiff.generate.run import Progress, Result, generate
 from fastdiff.generate.session import Session
 from fastdiff.images import read_mask
@@ -115,6 +115,8 @@ class Model(CheckpointModel):
             prompts = "" if prompts is None and frames is None else prompts
         if isinstance(last := options.get("to_image"), Image | Result):
             options["to_image"] = _picture(last, facts.image_channels, sides)
+        if any(sides.values()):
+            _check_sizes(image, mask)
         given = {
             "prompt": _each("prompts", prompts, count),
             "label": _each("classes", classes, count),
@@ -317,6 +319,18 @@ def _pictures(
         return [_picture(value, channels, sides)] * count
     _check_count(name, value, count)
     return [_picture(each, channels, sides) for each in value]
+
+
+def _check_sizes(image: Pictures | None, mask: Pictures | None) -> None:
+    """Raise ValueError if images and masks that are to be resized differ in size."""
+    images, masks = (
+        list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for value in (image, mask)
+    )
+    count = max(len(images), len(masks))
+    images, masks = (each * count if len(each) == 1 else each for each in (images, masks))
+    for picture, own in zip(images, masks, strict=False):  # `_check_count` counts them
+        check_same_size(picture, own)
 
 
 def _check_count(name: str, value: Sequence[Any], count: int) -> None:

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.generate.job import Fit, InpaintJob, Picture
-from fastdiff.images import image_size, read_image, read_mask
+from fastdiff.images import image_size, read_grey, read_image, read_mask
 
 
 def read_picture(
-    picture: Picture | Image.Image, channels: int, height: int | None, width: int | None
+    picture: Picture | bytes | Image.Image, channels: int, height: int | None, width: int | None
 ) -> Tensor:
     """Read an image as (C, H, W) in [-1, 1]; all but tensors are converted to the model's colours.
 
@@ -24,7 +24,7 @@ def read_picture(
     """
     if not isinstance(picture, Tensor):
         if channels == 1:
-            return read_mask(picture, height=height, width=width) * 2 - 1
+            return read_grey(picture, height=height, width=width)
         return read_image(picture, height=height, width=width)
     image = picture[0] if picture.ndim == 4 and len(picture) == 1 else picture
     if image.ndim != 3 or image.shape[0] != channels or not image.is_floating_point():
@@ -37,6 +37,8 @@ def read_picture(
             f"height and width resize files only, got a tensor of shape {tuple(image.shape)}; "
             "leave them out"
         )
+    if not image.numel():
+        raise ValueError(f"the image has no pixels, got shape {tuple(image.shape)}")
     low, high = float(image.min()), float(image.max())
     if not -1.001 <= low <= high <= 1.001:
         raise ValueError(
@@ -111,10 +113,13 @@ def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
     """Read a job's mask as (1, H, W), 0 or 1, fp32. image: the job's, (C, H, W).
 
     Raises:
-        ValueError: the mask differs in size from the image, has several channels or is all zeros.
+        ValueError: the mask differs in size from the image, has several channels or values that
+            no mask has, or is all zeros.
     """
     mask = job.mask
     if not isinstance(mask, Tensor):
+        if job.height or job.width:
+            check_same_size(job.image, mask)
         mask = read_mask(mask, height=job.height, width=job.width)
     given = tuple(mask.shape)
     mask = mask[None] if mask.ndim == 2 else mask[0] if mask.ndim == 4 and len(mask) == 1 else mask
@@ -124,10 +129,39 @@ def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
             f"the mask must be (1, {height}, {width}), the size of the image, got {given}; "
             "resize it, or reduce it to one channel"
         )
-    binary = (mask if mask.is_floating_point() is False else mask >= 0.5).float()
+    _check_values(mask)
+    binary = (mask >= 0.5).float()
     if not binary.any():
+        most = float(mask.max())
+        seen = f"has no value of 0.5 or more, got at most {most:.3g}" if most else "is all zeros"
         raise ValueError(
-            "the mask is all zeros, expected 1 (white) where the image is to be replaced; "
-            "invert it?"
+            f"the mask {seen}, expected 1 (white) where the image is to be replaced; invert it?"
         )
     return binary
+
+
+def check_same_size(image: object, mask: object) -> None:
+    """Raise ValueError if a mask differs in size from its image, both files or Pillow images.
+
+    Cropping each around its centre would move one against the other.
+    """
+    if not all(isinstance(each, str | os.PathLike | bytes | Image.Image) for each in (image, mask)):
+        return  # tensors, which are not resized
+    (high, wide), (tall, broad) = image_size(image), image_size(mask)  # type: ignore[arg-type]
+    if (high, wide) != (tall, broad):
+        raise ValueError(
+            f"the mask must have the size of the image, {wide} x {high}, got {broad} x {tall} "
+            "(width x height), because height and width crop both around their centres; resize it"
+        )
+
+
+def _check_values(mask: Tensor) -> None:
+    """Raise ValueError unless a mask's values are within [0, 1]; those between count as rounded."""
+    if mask.is_complex():
+        raise ValueError(f"a mask must be bool, integers or floating point, got {mask.dtype}")
+    low, high = float(mask.min()), float(mask.max())
+    if not -0.001 <= low <= high <= 1.001:
+        raise ValueError(
+            f"the mask's values must lie in [0, 1], got {low:g} to {high:g}; "
+            "fastdiff.images.read_mask returns such a mask"
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -17,14 +16,20 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from PIL import Image
-
 from fastdiff.configs import from_dict
 from fastdiff.generate.facts import Facts, check
-from fastdiff.generate.job import GROUPS, KINDS, MAX_SEED, PICTURES, Job, check_seed
-from fastdiff.generate.pictures import read_picture
+from fastdiff.generate.job import (
+    GROUPS,
+    KINDS,
+    MAX_SEED,
+    PICTURES,
+    InpaintJob,
+    Job,
+    check_seed,
+)
+from fastdiff.generate.pictures import check_same_size, read_picture
 from fastdiff.generate.recipe import from_json
-from fastdiff.images import UNREADABLE, read_mask, reason
+from fastdiff.images import read_mask
 from fastdiff.jobs.rows import TEXT_COLUMN, Row
 from fastdiff.jobs.store import filesystem, url_of
 
@@ -197,6 +202,8 @@ class Builder:
                     digest = hashlib.sha256(found[name]).hexdigest()
                     self.fetched.setdefault(row.number, {})[name] = digest
         job: Any = from_json(nested(values, upsampler=self.facts.reads_image))
+        if isinstance(job, InpaintJob) and (job.height or job.width):
+            check_same_size(*(pixels.get(name, values[name]) for name in ("image", "mask")))
         for name, data in pixels.items():
             job = replace(job, **{name: self._pixels(name, data, job)})
         checked: Job = check(job, self.facts)
@@ -277,15 +284,13 @@ class Builder:
         if name == "control":  # must have the size of the image; a path is not resized either
             size = None, None
         try:
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-                if name == "depth":  # of any size
-                    return read_mask(picture)
-                if name == "mask":
-                    return read_mask(picture, height=size[0], width=size[1])
-                return read_picture(picture, self.facts.image_channels, *size)
-        except UNREADABLE as error:
-            raise ValueError(f"{name} cannot be read: {reason(error)}") from error
+            if name == "depth":  # of any size
+                return read_mask(data)
+            if name == "mask":
+                return read_mask(data, height=size[0], width=size[1])
+            return read_picture(data, self.facts.image_channels, *size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _bytes_or_path(value: Any) -> Any:

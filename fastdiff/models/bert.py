@@ -6,6 +6,7 @@ last layer. Every prompt has the same number of tokens; those of padding are see
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff.kernels import attention
 from fastdiff.models.layers import GELUFeedForward, LayerNorm
+from fastdiff.models.prompts import SHOWN
 from fastdiff.models.text import EncodedPrompt
 
 
@@ -151,6 +153,19 @@ class BERTEncoder:
                 f"a prompt of this model may have at most {most} tokens, got {len(ids):,}; "
                 "shorten it"
             )
+        self._warn_of_unknown(prompt, ids)
         padded = ids + [self.tokenizer.pad_token_id] * (most - len(ids))
         device = self.model.token_embed.weight.device
         return EncodedPrompt(self.model(torch.tensor([padded], device=device)))
+
+    def _warn_of_unknown(self, prompt: str, ids: list[int]) -> None:
+        """BERT's words cover few scripts and no emoji; what they lack is one and the same token."""
+        assert self.tokenizer is not None
+        unknown = ids.count(self.tokenizer.unk_token_id)
+        if unknown:
+            warnings.warn(
+                f"{unknown} of the {len(ids) - 2} tokens of the prompt {prompt[:SHOWN]!r} are not "
+                "in the vocabulary, and the model cannot tell one from another; write it in words "
+                "that it knows",
+                stacklevel=2,
+            )

@@ -142,7 +142,7 @@ class Uploads:
                 f"got {shape.width} x {shape.height}",
                 "mask",
             )
-        if shape.mode == "RGBA":
+        if shape.mode == "RGBA" and shape.getchannel("A").getextrema()[0] != 255:
             exif = shape.getexif()
             shape = shape.getchannel("A").point(lambda alpha: 255 if alpha == 0 else 0)
             shape.getexif().update(exif)

@@ -15,7 +15,7 @@ from fastdiff.data import augment, generator
 from fastdiff.data.config import SKETCHED_SOURCES, DataConfig
 from fastdiff.data.dataset import to_float
 from fastdiff.data.scenes import open_sketches
-from fastdiff.models.concat import erased, extra_channels, inpainting_channels, sketch_channels
+from fastdiff.models.concat import erased, inpainting_channels, sketch_channels
 from fastdiff.training.latents import Latents
 
 ConcatKind = Literal["none", "inpainting", "sketch"]
@@ -40,12 +40,6 @@ class ConcatConfig:
             raise ValueError(f"concat kind must be none, inpainting or sketch, got {self.kind!r}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"concat dropout must be in [0, 1], got {self.dropout}")
-
-    def channels(self, *, channels: int, image_channels: int, factor: int) -> int:
-        """Input channels behind those of x; see `fastdiff.models.concat.extra_channels`."""
-        return extra_channels(
-            self.kind, channels=channels, image_channels=image_channels, factor=factor
-        )
 
 
 class Concat:

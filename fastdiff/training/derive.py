@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastdiff.checkpoint.layouts.bundle import load_bundle
 from fastdiff.data import AugmentConfig, DataConfig, describe_folder
 from fastdiff.files import one_line_errors
+from fastdiff.models.concat import extra_channels
 from fastdiff.training.autoencoder import AutoencoderRun
 from fastdiff.training.classifier import ClassifierRun
 from fastdiff.training.diffusion import DiffusionRun
@@ -79,7 +80,9 @@ def for_data(run: RunT, data: DataConfig) -> RunT:
 
 def _concatenated(run: DiffusionRun[Any], channels: int, data: DataConfig, factor: int) -> int:
     """Input channels that a run's concatenated picture takes behind those of x."""
-    return run.concat.channels(channels=channels, image_channels=data.channels, factor=factor)
+    return extra_channels(
+        run.extra or "none", channels=channels, image_channels=data.channels, factor=factor
+    )
 
 
 def _taking(model: Any, channels: int, side: int, more: int) -> Any:

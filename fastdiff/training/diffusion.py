@@ -12,7 +12,7 @@ from fastdiff.data.config import CAPTIONED_SOURCES
 from fastdiff.diffusion.samplers import SAMPLERS
 from fastdiff.diffusion.schedules import ScheduleConfig, check_flow
 from fastdiff.models.network import NetworkConfig, kind_of, network_family
-from fastdiff.names import Prediction
+from fastdiff.names import Extra, Prediction
 from fastdiff.training.concat import ConcatConfig, check_concat
 from fastdiff.training.config import OptimizationConfig, OutputConfig
 from fastdiff.training.objective import DenoiserLossConfig
@@ -80,7 +80,8 @@ class DiffusionRun(Generic[NetworkConfigT]):
 
     low_resolution: int = 0
     """k > 0: train an upsampler, which also sees the image reduced to k x k pixels and enlarged
-    again (Nichol and Dhariwal 2021, section 4); on pixels, with twice the in_channels. 0: no
+    again (Nichol and Dhariwal 2021, section 4), with twice the in_channels. On latents k is their
+    side, and the small image joins them as it is (Rombach et al. 2022, section 4.4). 0: no
     upsampler."""
 
     concat: ConcatConfig = field(default_factory=ConcatConfig)
@@ -132,10 +133,10 @@ class DiffusionRun(Generic[NetworkConfigT]):
                 f"{self.latent_views}"
             )
         side = self.data.image_size
-        if self.low_resolution and (self.autoencoder or not 0 < self.low_resolution < side):
+        if self.low_resolution and not 0 < self.low_resolution < side:
             raise ValueError(
-                f"low_resolution must be from 1 to {side - 1}, below image_size, and 0 with an "
-                f"autoencoder, got {self.low_resolution}"
+                f"low_resolution must be from 1 to {side - 1}, below image_size, or 0, got "
+                f"{self.low_resolution}"
             )
         check_concat(self.concat, self.data, self.low_resolution)
         if self.prediction not in get_args(Prediction):
@@ -176,6 +177,14 @@ class DiffusionRun(Generic[NetworkConfigT]):
     def kind(self) -> str:
         """The denoiser's family, such as "unet": `network` in config.json."""
         return kind_of(self.model)
+
+    @property
+    def extra(self) -> Extra | None:
+        """What the denoiser reads behind x; None for nothing, and for upsamplers of pixels, which
+        their number of channels tells."""
+        if self.low_resolution:
+            return "upsampler" if self.autoencoder else None
+        return None if self.concat.kind == "none" else self.concat.kind
 
     def to_json(self) -> dict[str, Any]:
         """Contents of config.json: the fields, and the kind of denoiser under "network"."""

@@ -20,6 +20,7 @@ from fastdiff.diffusion.schedules import noise_schedule
 from fastdiff.images import contact_sheet, enlarged, reduced
 from fastdiff.kernels import INITIAL_NOISE, philox_normal
 from fastdiff.models.autoencoder import Autoencoder
+from fastdiff.models.concat import extra_channels
 from fastdiff.models.network import Network, network_family
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.text_transformer import TextTransformer
@@ -162,7 +163,10 @@ class DiffusionTask:
         source = generator(run.seed, "noise", step, device=self.device)
         batch = {"x0": x0, "noise": drawn(x0.shape, size, source, rows)}
         if run.low_resolution:
-            batch["extra"] = enlarged(reduced(x0, run.low_resolution), x0.shape[2:])
+            images = x0
+            if run.autoencoder:
+                images = self.batches.augmented(*self.latents.views_of(step, rows))
+            batch["extra"] = self._small(images)
         if self.concat is not None:
             batch["extra"] = self.concat.batch(step, rows)
         if self.resampler is None:
@@ -292,7 +296,12 @@ class DiffusionTask:
         if self.concat is not None:
             return self.concat.examples(places)
         images = self.batches.dataset.batch(places)[0].to(self.device)
-        return enlarged(reduced(images, self.run.low_resolution), images.shape[2:])
+        return self._small(images)
+
+    def _small(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) reduced, and enlarged to the size of x: (N, C, h, w)."""
+        _, *size = self.latents.shape(self.run.data.image_size)
+        return enlarged(reduced(images, self.run.low_resolution), size)
 
     def _examples(self, labels: Sequence[int | None]) -> Tensor:
         """An image of the data per label, which has it; with text, those of the captions shown."""
@@ -338,7 +347,7 @@ class DiffusionTask:
             autoencoder=bundle.autoencoder if bundle else None,
             denoiser=denoiser,
             text_encoders=encoders,
-            extra=None if run.concat.kind == "none" else run.concat.kind,
+            extra=run.extra,
             schedule=run.schedule,
             prediction=run.prediction,
             scale_factor=self.latents.scale_factor,
@@ -413,7 +422,7 @@ def check_parts_fit(
     model = run.model
     factor = 1 if autoencoder is None else autoencoder.downsample_factor
     channels = model.in_channels - _concatenated(run, autoencoder)
-    if run.low_resolution:
+    if run.low_resolution and autoencoder is None:
         if channels != 2 * run.data.channels:
             raise ValueError(
                 f"an upsampler of images with {run.data.channels} channels takes "
@@ -450,20 +459,28 @@ def check_parts_fit(
 
 
 def _concatenated(run: DiffusionRun[Any], autoencoder: Autoencoder | None) -> int:
-    """Input channels that a concatenated picture takes.
+    """Input channels that a concatenated picture takes; 0 for upsamplers of pixels.
 
     Raises:
-        ValueError: the denoiser has another number of input channels.
+        ValueError: the denoiser has another number of input channels, or a small image does not
+            have the size of the latents.
     """
-    if run.concat.kind == "none":
+    if run.extra is None:
         return 0
     first, factor = run.data.channels, 1
     if autoencoder is not None:
         first, factor = autoencoder.config.latent_channels, autoencoder.downsample_factor
-    more = run.concat.channels(channels=first, image_channels=run.data.channels, factor=factor)
+    if run.low_resolution and run.low_resolution * factor != run.data.image_size:
+        raise ValueError(
+            f"low_resolution must be {run.data.image_size // factor} on these latents, their side, "
+            f"got {run.low_resolution}"
+        )
+    more = extra_channels(
+        run.extra, channels=first, image_channels=run.data.channels, factor=factor
+    )
     if run.model.in_channels != first + more:
         raise ValueError(
-            f"concat kind {run.concat.kind!r} takes {more} input channels behind the {first} of x, "
-            f"got in_channels={run.model.in_channels}; set model in_channels to {first + more}"
+            f"a denoiser for {run.extra} reads {more} channels behind the {first} of x, got "
+            f"in_channels={run.model.in_channels}; set model in_channels to {first + more}"
         )
     return more

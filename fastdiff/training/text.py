@@ -7,6 +7,7 @@ of the training data.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,20 @@ class Captions:
         self.full = tuple(own[0] for own in captions)
         texts = [text for own in captions for text in own]
         self.tokenizer = Tokenizer.learn(texts, config.vocabulary)
+        self._warn_of_cuts(texts)
         self.table = self.ids(texts)  # (all captions, T)
         self.counts = torch.tensor([len(own) for own in captions])
         self.starts = self.counts.cumsum(0) - self.counts
+
+    def _warn_of_cuts(self, texts: Sequence[str]) -> None:
+        lengths = [len(self.tokenizer(text)["input_ids"]) for text in texts]
+        cut = sum(length > self.config.tokens for length in lengths)
+        if cut:
+            warnings.warn(
+                f"{cut:,} of {len(texts):,} captions are cut to {self.config.tokens} tokens, start "
+                f"and end included; the longest has {max(lengths):,}: raise text tokens to keep it",
+                stacklevel=3,
+            )
 
     def ids(self, texts: Sequence[str]) -> Tensor:
         """Token ids of texts, cut or padded: (N, tokens) int64."""

@@ -135,7 +135,7 @@ def test_a_job_in_the_form_of_a_recipe_is_a_row() -> None:
         ({"kind": "class", "strength": 0.5}, "strength: unknown field"),
         ({"image": "none.png"}, "image: no image at .*none.png"),
         ({"image": 5}, "image must be a path or the bytes of a file, got 5"),
-        ({"image": b"no picture"}, "image cannot be read: not an image"),
+        ({"image": b"no picture"}, "image: the picture cannot be read: not an image"),
         ({"settings": 5}, "settings must be an object, got 5"),
         ({"strength": 2.0, "image": b"x"}, "strength must be in"),
     ],

@@ -198,6 +198,21 @@ def test_a_file_of_compvis_holds_the_same(pipeline: Path, model: Any, tmp_path: 
     assert torch.equal(one, two)
 
 
+UNKNOWN = "ignore:.*are not in the vocabulary"
+
+
+def test_words_that_are_not_in_the_vocabulary_are_counted(model: Any) -> None:
+    """Without a warning an emoji would be the same picture as any other one."""
+    encoder = model.text_encoders[0]
+    with pytest.warns(UserWarning, match="^2 of the 5 tokens of the prompt 'red .*cats' are not"):
+        apple = encoder.encode("red 🍎 قطة \x07 cats").tokens
+    with pytest.warns(UserWarning, match="^2 of the 5 tokens"):
+        assert torch.equal(encoder.encode("red 🍏 שלום cats").tokens, apple)
+    encoder.encode("")
+    encoder.encode("a red CAT\0")  # no warning: BERT drops control characters
+
+
+@pytest.mark.filterwarnings(UNKNOWN)
 def test_bytes_do_not_depend_on_the_batch(model: Any) -> None:
     prompts = ["a cat", "", "red 🍎 قطة \x07 cats"]
     together = model.generate(prompts, seeds=[3, 4, 5], steps=2).tensor

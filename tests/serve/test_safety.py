@@ -280,6 +280,9 @@ def test_pictures_are_upright_and_masks_read_both_ways() -> None:
     assert np.allclose(image[0].numpy(), ramp / 127.5 - 1, atol=1e-6)
     assert np.array_equal(by_alpha[0].numpy(), white / 255)
     assert np.array_equal(by_white[0].numpy(), white / 255)
+    opaque = np.dstack([white, white, white, np.full_like(white, 255)])
+    _, by_colour = asyncio.run(read(file_of(ramp), file_of(opaque)))
+    assert np.array_equal(by_colour[0].numpy(), white / 255), "no pixel is transparent"
     tall, _ = asyncio.run(
         Uploads(Limits()).pictures(Form({}, {"image": turned.getvalue()}), 1, None, None)
     )

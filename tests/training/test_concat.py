@@ -437,6 +437,35 @@ def test_text_and_sketch_together(first: Path, tmp_path: Path) -> None:
     assert torch.equal(again[0].image, own)
 
 
+@pytest.mark.parametrize("views", [0, 2])
+def test_latents_are_enlarged_from_a_small_image(first: Path, tmp_path: Path, views: int) -> None:
+    """Rombach et al. 2022, section 4.4: the small image has the size of the latents."""
+    run = concat_run(
+        "inpainting",  # has as many channels, so that only the bundle tells them apart
+        first,
+        tmp_path / "run",
+        concat=ConcatConfig(),
+        low_resolution=8,
+        latent_views=views,
+        data=dataclasses.replace(DATA, augment=AugmentConfig(flip=True)),
+    )
+    task = DiffusionTask(run)
+    batch, (indices, epochs) = task.batch(5), task.batches.places(5)
+    images = task.batches.augmented(indices, epochs % views if views else epochs)
+    small = images.unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
+    torch.testing.assert_close(batch["extra"], small)
+    train_diffusion(run)
+    model = fastdiff.load(tmp_path / "run")
+    assert Facts.of(model).extra == "upsampler"
+    task.latents.scale_factor = model.scale_factor
+    assert model.denoiser is not None
+    shown = task.sample(model.denoiser, range(2), [None] * 2)
+    halved = pictures(2).unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean((3, 5))
+    jobs = [ClassJob(image=halved[i], seed=i, settings=SETTINGS) for i in range(2)]
+    made = torch.stack([result.image for result in fastdiff.generate(model, jobs)])
+    torch.testing.assert_close(made.float(), shown, rtol=1e-4, atol=1e-4)
+
+
 # --- mistakes -----------------------------------------------------------------------------------
 
 
@@ -469,8 +498,13 @@ def test_jobs_without_their_picture_are_refused(first: Path, tmp_path: Path) -> 
         ({"data": DataConfig(source="digits")}, "source 'digits' has none; use scenes"),
         ({"concat": {"kind": "depth"}}, "must be none, inpainting or sketch, got 'depth'"),
         ({"concat": {"kind": "sketch", "dropout": 2.0}}, "concat dropout must be in"),
-        ({"autoencoder": "", "low_resolution": 8}, "both add input channels"),
-        ({"model": runs.denoiser_model(2)}, r"takes 4 input channels.*set model in_channels to 6"),
+        ({"low_resolution": 8}, "both add input channels"),
+        (
+            {"low_resolution": 4, "concat": {}, "model": runs.denoiser_model(2, in_channels=5)},
+            "low_resolution must be 8 on these latents",
+        ),
+        ({"low_resolution": 8, "concat": {}}, r"upsampler reads 3 .* set model in_channels to 5"),
+        ({"model": runs.denoiser_model(2)}, r"sketch reads 4 channels.*set model in_channels to 6"),
     ],
 )
 def test_what_does_not_fit_is_refused(

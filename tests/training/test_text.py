@@ -115,7 +115,8 @@ def test_captions_are_drawn_in_their_shares() -> None:
 
 
 def test_long_captions_are_cut() -> None:
-    captions = Captions([("red " * 30,)], TEXT)
+    with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to 24 tokens.* longest has 32:"):
+        captions = Captions([("red " * 30, "red " * 22)], TEXT)
     (ids,) = captions.ids(["red " * 30]).tolist()
     assert len(ids) == 24
     assert ids[-1] == captions.tokenizer.eos_token_id
