@@ -32,7 +32,7 @@ Spacing = Literal[
     "step-quadratic",
 ]
 SPACINGS: tuple[str, ...] = get_args(Spacing)
-Extra = Literal["none", "inpainting", "upsampler", "sketch"]
+Extra = Literal["none", "inpainting", "upsampler", "sketch", "depth"]
 """What a denoiser reads in the channels behind those of x (`models.concat`)."""
 QKVOrder = Literal["legacy", "new"]
 """Row order of packed qkv weights: new is (3, H, d), legacy is (H, 3, d)."""

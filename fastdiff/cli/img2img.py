@@ -58,4 +58,5 @@ def run(options: Img2Img, like: Original | None = None) -> int:
     # report errors in the picture before loading the model
     read_image(job.image, height=job.height, width=job.width)
     want = pictures.of_one_prompt(options, ImageToImageJob, options.count)
-    return pictures.run(options, want, inputs=[job.image, *job.control], original=like)
+    inputs = [job.image, *job.control, *([] if job.depth is None else [job.depth])]
+    return pictures.run(options, want, inputs=inputs, original=like)

@@ -99,6 +99,9 @@ class ImageToImageOptions(ImageToImageJob):
     """The picture to start from."""
     label: OptionalName = None
     """Class that the image should become, by number or name, for class-conditional models."""
+    depth: OptionalPath = None
+    """Only for depth models (Stable Diffusion 2): a depth map of the picture, brighter where it is
+    nearer."""
     seed: int = 0
     """Seed of the first image; the following seeds count up from it."""
     height: OptionalInt = None

@@ -13,6 +13,7 @@ from fastdiff.generate.job import (
     CHECKPOINT,
     DEFAULT_SAMPLER,
     ClassJob,
+    ImageToImageJob,
     InpaintJob,
     InterpolationJob,
     Job,
@@ -145,7 +146,14 @@ class Facts:
             size_factor=factor * config.size_multiple,
             only_size=None if network.only_side is None else factor * network.only_side,
             image_size=model.image_size,
-            extra=_extra(model, config.in_channels, channels, image_channels, factor),
+            extra=_extra(
+                model,
+                config.in_channels,
+                channels,
+                image_channels,
+                factor,
+                depth=reads_text and first is not None,
+            ),
             num_classes=classes,
             null_class=null,
             class_names=tuple(model.class_names),
@@ -162,6 +170,12 @@ class Facts:
         return self.model.name
 
     @property
+    def masks_as_ldm(self) -> bool:
+        """Whether an inpainting denoiser reads what LDM's does (inpainting_big): the latents of the
+        masked image before the mask. Models that were trained here state that they do not."""
+        return not self.pixels and not self.reads_text and self.model.extra is None
+
+    @property
     def embeds_images(self) -> bool:
         """Whether the model is conditioned on the embedding of a picture (unCLIP)."""
         return self.model.image_encoder is not None
@@ -176,6 +190,21 @@ class Facts:
     def enlarges_to_latents(self) -> bool:
         """Whether the model reads a low-resolution picture that has the size of its latents."""
         return self.extra == "upsampler" and not self.pixels
+
+    def picture_sides(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        """The (height, width) to which a job's picture is cropped and resized; None: as it is.
+
+        height, width: those of the job. An image encoder and an upsampler on pixels resize any
+        picture themselves.
+        """
+        if self.enlarges_to_latents:
+            small = [
+                None if side is None else max(side // self.factor, 1) for side in (height, width)
+            ]
+            return small[0], small[1]
+        if self.embeds_images or self.extra == "upsampler":
+            return None, None
+        return height, width
 
     @property
     def label_classes(self) -> int | None:
@@ -309,9 +338,8 @@ def _size(job: ClassJob | TextJob | InterpolationJob, facts: Facts) -> tuple[int
     picture of their size, the size of the job's picture after enlarging."""
     if not facts.enlarges_to_latents or job.image is None:
         return facts.size(job.height, job.width)
-    factor = facts.factor
-    small = [None if side is None else max(side // factor, 1) for side in (job.height, job.width)]
-    height, width = (factor * side for side in picture_size(job.image, *small))
+    small = picture_size(job.image, *facts.picture_sides(job.height, job.width))
+    height, width = (facts.factor * side for side in small)
     return facts.size(job.height or height, job.width or width)
 
 
@@ -396,6 +424,7 @@ def _check_condition(job: Job, facts: Facts) -> None:
             f"this denoiser reads {reads} channels: {facts.channels} of {what}, a mask and the "
             "image to inpaint; use inpaint, with a mask of ones to generate the whole image"
         )
+    _check_depth(job, facts)
     _check_image(job, facts)
 
 
@@ -425,6 +454,18 @@ def _check_image(job: Job, facts: Facts) -> None:
             f"{facts.name} is not an upsampler, so it takes no image; for variations of an "
             "image use an ImageToImageJob (fastdiff img2img)"
         )
+
+
+def _check_depth(job: Job, facts: Facts) -> None:
+    """Raise ValueError unless a job has a depth map exactly if the model reads one."""
+    given = isinstance(job, ImageToImageJob) and job.depth is not None
+    if facts.extra == "depth" and not given:
+        raise ValueError(
+            f"{facts.name} changes a picture and reads its depth map, which fastdiff does not "
+            "estimate; pass image= and depth= (fastdiff img2img PROMPT --image FILE --depth FILE)"
+        )
+    if given and facts.extra != "depth":
+        raise ValueError(f"{facts.name} reads no depth map, so depth has no effect; leave it out")
 
 
 def resolved(settings: SampleSettings, facts: Facts) -> SampleSettings:
@@ -503,8 +544,13 @@ def deep_numbers(job: Job, model: Model, sides: tuple[int, int], samples: int) -
     return (2 * samples + 1) * math.prod(model.denoiser.deep_shape(cache.branch, sides))
 
 
-def _extra(model: Model, reads: int, channels: int, image_channels: int, factor: int) -> Extra:
-    """What the channels behind x are: what the files say, else what their number tells."""
+def _extra(
+    model: Model, reads: int, channels: int, image_channels: int, factor: int, *, depth: bool
+) -> Extra:
+    """What the channels behind x are: what the files say, else what their number tells.
+
+    depth: whether a single channel is a depth map.
+    """
     stated = model.extra
     if stated is None and reads == channels:
         return "none"
@@ -518,7 +564,8 @@ def _extra(model: Model, reads: int, channels: int, image_channels: int, factor:
             f"{channels + numbers[stated]} for x and {stated!r}; use the autoencoder that it was "
             "trained with"
         )
-    kinds: dict[int, Extra] = {numbers[k]: k for k in ("none", "upsampler", "inpainting")}
+    kinds: dict[int, Extra] = {1: "depth"} if depth else {}
+    kinds |= {numbers[k]: k for k in ("none", "upsampler", "inpainting")}
     if stated is None and reads - channels not in kinds:
         raise ValueError(
             f"the denoiser reads {reads} channels and predicts {channels}; fastdiff supports such "

@@ -402,6 +402,9 @@ class ImageToImageJob:
     class."""
     strength: float = 0.75
     """Fraction of the steps that are taken: 0 keeps the image, 1 makes a new one."""
+    depth: Picture | None = field(default=None, metadata=LATER)
+    """Only for depth models (Stable Diffusion 2): a depth map of the picture, brighter where it is
+    nearer, of any size and range."""
     seed: int = 0
     """Seed of all randomness in the image."""
     fit: Fit | None = None
@@ -577,7 +580,7 @@ KINDS: dict[str, type[Any]] = {
     "upscale": UpscaleJob,
     "interpolation": InterpolationJob,
 }
-PICTURES = ("image", "mask", "to_image", "control")
+PICTURES = ("image", "mask", "to_image", "control", "depth")
 GROUPS = {"text": TextSettings, "settings": SampleSettings, "controls": ControlSettings}
 
 

@@ -53,6 +53,7 @@ class Model(CheckpointModel):
         image: Pictures | None = None,
         mask: Pictures | None = None,
         control: Pictures | Sequence[Sequence[Picture | None]] | None = None,
+        depth: Pictures | None = None,
         frames: int | None = None,
         refiner: CheckpointModel | None = None,
         classifier: CheckpointModel | str | os.PathLike[str] | None = None,
@@ -79,6 +80,8 @@ class Model(CheckpointModel):
                 images; or one per seed, as a list or a batch (N, C, H, W).
             control: the picture that the model's ControlNet reads, given like image; for several
                 ControlNets a tuple with one per ControlNet, None for those that add nothing.
+            depth: the depth map of the image, for models that read one, given like mask; as a
+                tensor of any size and range.
             frames: number of images from each seed's image to that of to_seed, to_prompt,
                 to_label or to_image (one or more of them), including both ends; 1: the frame at
                 position `at`.
@@ -108,9 +111,10 @@ class Model(CheckpointModel):
             )
         if frames is not None and control is not None:
             raise ValueError("an interpolation takes no control picture; leave control out")
-        sides = {name: options.get(name) for name in ("height", "width")}
-        if facts.embeds_images:  # an image becomes an embedding, whatever its size
-            sides = dict.fromkeys(sides)
+        names = ("height", "width")
+        sizes = facts.picture_sides(*(options.get(name) for name in names))
+        sides = dict(zip(names, sizes, strict=True))
+        if facts.embeds_images:
             prompts = "" if prompts is None and frames is None else prompts
         if isinstance(last := options.get("to_image"), Image | Result):
             options["to_image"] = _picture(last, facts.image_channels, sides)
@@ -122,6 +126,7 @@ class Model(CheckpointModel):
             "image": _pictures("image", image, count, facts.image_channels, sides),
             "mask": _pictures("mask", mask, count, None, sides),
             "control": _control(control, count),
+            "depth": _pictures("depth", depth, count, None, {}),
         }
         kind: type[Any] = InterpolationJob
         if frames is None:
@@ -389,7 +394,7 @@ def _make(kind: type[Any], options: Mapping[str, Any]) -> Any:
     known = [*own, *(f.name for group in groups.values() for f in fields(group))]
     if unknown := [name for name in options if name not in known]:
         # arguments of their own
-        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask", "control"}
+        hidden = {*GROUPS, "prompt", "label", "seed", "image", "mask", "control", "depth"}
         names = [name for name in known if name not in hidden]
         close = " or ".join(difflib.get_close_matches(unknown[0], names, n=2))
         meant = f"did you mean {close}? Expected" if close else "expected"

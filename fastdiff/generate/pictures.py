@@ -89,6 +89,26 @@ def fitted(image: Tensor, factor: int, fit: Fit | None, *, mask: bool = False) -
     return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
+def read_depth(depth: Picture) -> Tensor:
+    """Read a depth map as (1, H, W), in any range: of a file the grey levels, in [0, 1].
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, has several channels, or is not finite.
+    """
+    if not isinstance(depth, Tensor):
+        return read_mask(depth)
+    whole = depth[None] if depth.ndim == 2 else depth[0] if depth.ndim == 4 else depth
+    if whole.ndim != 3 or len(whole) != 1 or not whole.is_floating_point():
+        raise ValueError(
+            f"the depth map must be (1, H, W) floating point, got {tuple(depth.shape)} "
+            f"{depth.dtype}; reduce it to one channel"
+        )
+    if not whole.isfinite().all():
+        raise ValueError("the depth map must be finite, got NaN or infinity; replace them")
+    return whole
+
+
 def read_mask_of(job: InpaintJob, image: Tensor) -> Tensor:
     """Read a job's mask as (1, H, W), 0 or 1, fp32. image: the job's, (C, H, W).
 

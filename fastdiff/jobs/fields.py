@@ -280,10 +280,12 @@ class Builder:
             raise FileNotFoundError(f"no image at {url}") from None
 
     def _pixels(self, name: str, data: bytes, job: Any) -> Any:
-        size = getattr(job, "height", None), getattr(job, "width", None)
+        size = self.facts.picture_sides(getattr(job, "height", None), getattr(job, "width", None))
         if name == "control":  # must have the size of the image; a path is not resized either
             size = None, None
         try:
+            if name == "depth":  # of any size
+                return read_mask(data)
             if name == "mask":
                 return read_mask(data, height=size[0], width=size[1])
             return read_picture(data, self.facts.image_channels, *size)

@@ -26,6 +26,7 @@ def extra_channels(kind: Extra, *, channels: int, image_channels: int, factor: i
         "inpainting": channels + 1,
         "sketch": factor**2,
         "upsampler": image_channels,
+        "depth": 1,
     }
     return numbers[kind]
 

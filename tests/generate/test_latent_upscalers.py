@@ -27,6 +27,7 @@ from fastdiff.generate.session import Session
 from fastdiff.images import save_png, to_pil
 from tests.generate.test_unclip import edited, initial_noise
 from tests.generate.test_unclip_pictures import picture
+from tests.models.test_against_diffusers import randn
 from tests.support.diffusers_models import (
     SCHEDULER,
     UNET,
@@ -109,6 +110,8 @@ def ldm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
         "vqvae": seeded("VQModel", first, 2).to(DTYPE),
         "scheduler": diffusers.DDIMScheduler(**SCHEDULER),
     }
+    codes = parts["vqvae"].quantize.embedding.weight
+    codes.copy_(randn(*codes.shape, dtype=DTYPE))  # of the size of latents: their scale counts
     pipe = pipeline("LDMSuperResolutionPipeline", parts)
     return pipe, saved(pipe, root / "model"), root / "model"
 
@@ -166,8 +169,11 @@ def test_one_call_takes_the_size_and_the_defaults(
         assert made.job.text.image_noise == 20
     (plain,) = model.generate("cat", image=given, steps=1)
     assert plain.job.settings.guidance_scale == 9
-    (larger,) = model.generate("cat", image=tmp_path / "small.png", height=64, steps=1)
+    asked: Any = {"height": 64, "steps": 1}  # pictures are resized to a quarter of it
+    (larger,) = model.generate("cat", image=tmp_path / "small.png", **asked)
     assert larger.image.shape == (3, 64, 96)
+    (same,) = model.generate("cat", image=to_pil(given), **asked)
+    assert torch.equal(same.image, larger.image)
 
 
 def test_jobs_of_different_levels_share_a_batch(x4: Any) -> None:

@@ -72,6 +72,15 @@ CONDITION_FIRST_STAGE = (
     "the first stage's latent of another image (inpainting: of the masked one, then the mask), in "
     "the last channels of x"
 )
+# What marks the conditioners of other published models, and how the message about them goes on.
+UNSUPPORTED = {
+    "cond_stage_model.channel_mapper.": "the rescaler of LDM's semantic synthesis, which reads a "
+    "layout map; fastdiff does not support it",
+    "low_scale_model.": "the noise of the x4-upscaler's small picture; load the folder in "
+    "diffusers' layout (StableDiffusionUpscalePipeline) instead",
+    "depth_model.": "the depth estimator of Stable Diffusion 2's depth model; load the folder in "
+    "diffusers' layout (StableDiffusionDepth2ImgPipeline) instead",
+}
 SCALE_FACTORS = {"xl": 0.13025, "kl": 0.18215, "vq": 1.0}
 
 
@@ -98,6 +107,9 @@ def load_compvis(weights: Weights, loading: Loading) -> Model:
     Raises:
         ValueError: keys are unknown, missing or of the wrong shape; the message lists them.
     """
+    for mark, words in UNSUPPORTED.items():
+        if any(key.startswith(mark) for key in weights.places):
+            raise ValueError(f"{weights.path} contains {words}")
     reading = Reading(weights, loading)
     unet_weights, averaged = _unet_weights(reading)
     first_stage = _without_loss(reading.under(FIRST_STAGE))

@@ -45,6 +45,7 @@ LEFT_OUT = (
     "image_encoder",
     "requires_safety_checker",
     "watermarker",
+    "depth_estimator",
 )
 XL_FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
 XL_SCALE = 0.13025  # scaling_factor of Stable Diffusion XL's autoencoder; 0.18215 in 1 and 2

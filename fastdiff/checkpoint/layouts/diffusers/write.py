@@ -32,6 +32,7 @@ from fastdiff.models.unet import UNet, UNetConfig
 VERSION = {"_diffusers_version": "0.34.0"}  # version of these options; pipelines read it
 WEIGHTS = f"{STEMS[0]}.safetensors"
 TIME_EMBED_DIM = 256  # width of the embedding of each of SDXL's sizes and crops
+DEPTH_PIPELINE = "StableDiffusionDepth2ImgPipeline"
 SAFETENSORS_METADATA = {"format": "pt"}  # diffusers requires it
 
 
@@ -358,7 +359,7 @@ def _text_names(model: Model) -> list[str]:
 def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
     """The model_index.json of diffusers' pipeline with these parts (name -> class)."""
     text = _text_names(model)
-    pipeline = model.provenance.get("pipeline") or _pipeline(model.denoiser, parts, text)
+    pipeline = model.provenance.get("pipeline") or _pipeline(model, parts, text)
     result: dict[str, Any] = {"_class_name": pipeline}
     for name, kind in parts.items():
         result[name] = ["diffusers", kind]
@@ -384,23 +385,50 @@ def _index(model: Model, parts: dict[str, str]) -> dict[str, Any]:
             result["requires_aesthetics_score"] = model.provenance.get(
                 "requires_aesthetics_score", text == ["text_encoder_2"]
             )
+    elif pipeline == DEPTH_PIPELINE:  # without an estimator it needs a depth map
+        result["depth_estimator"] = result["feature_extractor"] = [None, None]
     elif pipeline.startswith("StableDiffusion"):
         result["safety_checker"] = result["feature_extractor"] = [None, None]
         result["requires_safety_checker"] = False
     return result
 
 
-def _pipeline(unet: nn.Module | None, parts: dict[str, str], text: list[str]) -> str:
+def _pipeline(model: Model, parts: dict[str, str], text: list[str]) -> str:
+    unet = model.denoiser
     if isinstance(unet, DiT):
         return "DiTPipeline"
     if not isinstance(unet, UNet) or unet.config.context_dim is None:
-        return "LDMPipeline" if "vqvae" in parts else "DDPMPipeline"
+        return _ldm_pipeline(model) if "vqvae" in parts else "DDPMPipeline"
     inpaint = unet.config.in_channels == 9
+    if unet.config.in_channels == unet.config.out_channels + 1:
+        return DEPTH_PIPELINE
     if unet.config.added_condition_dim is None:
         return "StableDiffusionInpaintPipeline" if inpaint else "StableDiffusionPipeline"
     if text == ["text_encoder_2"]:
         return "StableDiffusionXLImg2ImgPipeline"
     return "StableDiffusionXLInpaintPipeline" if inpaint else "StableDiffusionXLPipeline"
+
+
+def _ldm_pipeline(model: Model) -> str:
+    """The pipeline of a U-Net on latents without text.
+
+    Raises:
+        ValueError: the U-Net reads more than x, and not what diffusers' super-resolution does.
+    """
+    config: Any = None if model.denoiser is None else model.denoiser.config
+    if config is None or config.in_channels == config.out_channels:
+        return "LDMPipeline"
+    if config.in_channels - config.out_channels != model.image_channels:
+        raise ValueError(
+            f"diffusers has no pipeline with a U-Net without text that reads {config.in_channels} "
+            f"channels and predicts {config.out_channels}; save a bundle instead"
+        )
+    if model.scale_factor != 1:
+        raise ValueError(
+            f"diffusers' LDMSuperResolutionPipeline has no scale factor, got {model.scale_factor}; "
+            "save a bundle instead"
+        )
+    return "LDMSuperResolutionPipeline"
 
 
 def _write_text(encoder: TextEncoder, name: str, folder: Path, dtype: torch.dtype | None) -> None:
