@@ -64,7 +64,7 @@ def test_bash_offers_commands(ask: Ask) -> None:
         (["convert", "--to", ""], ["diffusers", "bundle"]),
         (["sample", "--sampler", "dd"], ["ddpm", "ddim"]),
         (["samplers", "he"], ["heun"]),
-        (["train", ""], ["autoencoder", "diffusion", "classifier"]),
+        (["train", ""], ["autoencoder", "diffusion", "classifier", "clip"]),
         (["train", "classifier", "--preset", "t"], ["tiny-classifier"]),
         (["train", "diffusion", "--preset", "dig"], ["digits-diffusion"]),
         (["train", "autoencoder", "--preset", "dig"], ["digits-autoencoder"]),

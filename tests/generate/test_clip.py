@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastdiff
 from fastdiff.checkpoint.guide import with_clip
@@ -19,6 +21,7 @@ from fastdiff.generate.job import InterpolationJob, SampleSettings, TextJob, Tex
 from fastdiff.generate.memory import Call, need_of
 from fastdiff.generate.model import with_generate
 from fastdiff.generate.session import Session
+from fastdiff.images import read_recipe, to_uint8
 from fastdiff.models.contrastive import Contrastive, ContrastiveConfig, NoisedCLIP
 from fastdiff.models.text import TextEncoder
 from fastdiff.models.text_transformer import TextTransformer, TextTransformerConfig
@@ -153,11 +156,10 @@ def test_a_bundle_keeps_it_and_the_command_line_uses_it(tmp_path: Path) -> None:
     words = f"--model {tmp_path}/text --clip {tmp_path}/clip --clip-scale 500 --steps 3"
     command = ["txt2img", PROMPTS[0], *words.split(), "--sampler", "ddim", "--guidance-scale", "2"]
     assert main([*command, "--out", str(tmp_path / "made")]) == 0
-    (result,) = fastdiff.load(tmp_path / "text", clip=tmp_path / "clip").generate(
-        PROMPTS[0], **options
-    )
-    recipe = result.recipe
-    assert recipe["settings"]["clip_scale"] == 500
+    [picture] = (tmp_path / "made").glob("*.png")
+    pixels = torch.from_numpy(np.array(Image.open(picture)))
+    assert torch.equal(pixels.movedim(-1, 0), to_uint8(expected.tensor[0]))
+    assert read_recipe(picture)["job"]["settings"]["clip_scale"] == 500
 
 
 def test_the_gradient_is_counted_in_the_memory() -> None:
