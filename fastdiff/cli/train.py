@@ -62,7 +62,7 @@ EXAMPLES = {
   fastdiff train classifier --resume""",
     "clip": """\
   fastdiff train clip
-  fastdiff train clip --guides runs/scenes-text --output.folder runs/guide --dry-run
+  fastdiff train clip --preset scenes-clip --output.folder runs/guide --dry-run
   fastdiff train clip --resume""",
 }
 

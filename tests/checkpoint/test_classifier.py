@@ -197,7 +197,10 @@ def test_bundles_without_classifiers_are_stored_as_before(tmp_path: Path) -> Non
         ({"schedule": None}, "a classifier needs the schedule it was trained with"),
         ({"class_names": ["a"]}, "the classifier has 7 classes, got 1 class_names"),
         ({"kind": "classifier"}, "kind must be that of a denoiser, got 'classifier'"),
-        ({"classifier": None}, "expected an autoencoder, a unet or a classifier, got neither"),
+        (
+            {"classifier": None},
+            "expected an autoencoder, a unet, a classifier or a clip, got neither",
+        ),
     ],
 )
 def test_bundles_that_contradict_themselves_are_refused(

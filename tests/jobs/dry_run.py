@@ -28,7 +28,7 @@ from tests.support.tiny import UNET, tiny_pixel_model, tiny_unet
 SHARD = 500
 
 
-def without_network(self: Denoiser, x: Tensor, batch: Batch, extra: Tensor | None = None) -> Tensor:
+def without_network(self: Denoiser, x: Tensor, batch: Batch, *_inputs: Any) -> Tensor:
     """In place of `Denoiser.__call__`: zeros, of the shape that a network would return."""
     return x.new_zeros(batch.rows, *x.shape[1:])
 

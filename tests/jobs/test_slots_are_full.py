@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from torch import Tensor
@@ -38,7 +38,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each evaluation of a network that returns zeros."""
     counted: list[int] = []
 
-    def evaluate(_: Denoiser, x: Tensor, batch: Batch, extra: Tensor | None = None) -> Tensor:
+    def evaluate(_: Denoiser, x: Tensor, batch: Batch, *_inputs: Any) -> Tensor:
         counted.append(batch.rows)
         return x.new_zeros(batch.rows, *x.shape[1:])
 
