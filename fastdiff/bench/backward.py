@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from fastdiff import kernels
 from fastdiff.bench.launches import (
     DTYPE,
     LAUNCHES,
     OURS,
+    Attention,
     Count,
     Counting,
     diffusers_network,
@@ -106,19 +106,12 @@ class CountingTraining(Counting):
         return made
 
 
-class _Attention(TorchFunctionMode):
+class _Attention(Attention):
     """PyTorch's attention and its backward pass as flash attention runs them."""
 
-    def __init__(self, counting: Counting) -> None:
-        super().__init__()
-        self._counting = counting
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _Flash.apply(self._counting, *args[:3])
+    def count(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        made: Tensor = _Flash.apply(self.counting, q, k, v)
+        return made
 
 
 class _Flash(torch.autograd.Function):

@@ -165,7 +165,7 @@ def count(call: Callable[[], Any], norms: Norms | None = None) -> Count:
     with ExitStack() as modes:
         modes.enter_context(torch.no_grad())
         counting = modes.enter_context(Counting(norms))
-        modes.enter_context(_Attention(counting))
+        modes.enter_context(Attention(counting))
         modes.enter_context(kernels.backend("auto"))
         modes.enter_context(shapes_only())
         call()
@@ -279,25 +279,28 @@ class Counting(TorchDispatchMode):
         self.add(OURS[name], launched, op.work(*args).bytes + again, ours=True)
 
 
-class _Attention(TorchFunctionMode):
+class Attention(TorchFunctionMode):
     """PyTorch's attention as one launch: on the meta device it would be taken apart."""
 
     def __init__(self, counting: Counting) -> None:
         super().__init__()
-        self._counting = counting
+        self.counting = counting
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, k, v = args[:3]
+        return self.count(*args[:3])
+
+    def count(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: (N, H, L or S, D) on the meta device. Returns (N, H, L, D)."""
         n, heads, length, d = q.shape
         made = torch.empty((n, length, heads, v.shape[-1]), dtype=q.dtype, device="meta").transpose(
             1, 2
         )
         flops = 2 * n * heads * length * k.shape[2] * (d + v.shape[-1])
-        self._counting.add(*LAUNCHES["sdpa"], moved_bytes((q, k, v), made), flops)
+        self.counting.add(*LAUNCHES["sdpa"], moved_bytes((q, k, v), made), flops)
         return made
 
 
